@@ -1,0 +1,260 @@
+"""Quantization of a matrix to int8 codes: row-major, transposed, or both; a scale per tensor, row or column.
+
+    x ∘ multiplier ≈ q * scale (+ offset)
+
+Three kernels. `_row_stats_kernel` finds the range of each row (of a transposed view: each column; with one output: the
+tensor). `_tile_kernel` then quantizes tile by tile with those ranges. `_rows_kernel` does both from a single read where a
+per-row scale is wanted and whole rows fit in registers. Layout is a stride, granularity is data.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ._device import (
+    GRID,
+    MIN,
+    PER_COLUMN,
+    PER_ROW,
+    PER_TENSOR,
+    SYMMETRIC,
+    from_ordered,
+    ordered,
+    quantization_params,
+    random_bits,
+    round_nearest,
+    round_stochastic,
+    to_codes,
+)
+
+GRANULARITY = {"per_tensor": PER_TENSOR, "per_row": PER_ROW, "per_column": PER_COLUMN}
+ZERO = {"symmetric": SYMMETRIC, "grid": GRID, "min": MIN}
+LOWEST = -(2**31)  # below the ordered bits of every float: the range of nothing
+
+# (BLOCK_M, BLOCK_N, num_warps). Tiles: 128 contiguous bytes of int8 in either layout, and 16 elements a thread and array.
+TILE = (128, 64, 8)
+# Statistics: for contiguous rows a program reads long pieces of few rows, for contiguous columns the other way round.
+STATS = {"rows": (8, 512, 8), "cols": (128, 32, 8)}
+ROWS_MAX_ELEMENTS = 16384  # of one program of _rows_kernel: 64 float32 registers a thread with 8 warps
+STATS_MIN_PROGRAMS = 512  # below this many, the reduced dimension is split too
+
+
+@triton.jit
+def _load(x_ptr, mul_ptr, offs_m, offs_n, M, N, stride_xm, stride_xn, stride_mm, stride_mn):
+    """A tile of x ∘ multiplier in float32, 0 outside; offs_m [BLOCK_M, 1] and offs_n [1, BLOCK_N] are int64."""
+    mask = (offs_m < M) & (offs_n < N)
+    x = tl.load(x_ptr + offs_m * stride_xm + offs_n * stride_xn, mask=mask, other=0.0).to(tl.float32)
+    if mul_ptr is not None:
+        x = x * tl.load(mul_ptr + offs_m * stride_mm + offs_n * stride_mn, mask=mask, other=0.0)
+    return x, mask
+
+
+@triton.jit
+def _row_stats_kernel(
+    x_ptr, mul_ptr, stats_ptr, M, N, stride_xm, stride_xn, stride_mm, stride_mn, groups,
+    TENSOR: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    # stats[0] gathers max ordered(x), stats[1] max ordered(-x); symmetric: stats[0] max ordered(|x|) alone.
+    # Integer maxima do not depend on the order of the atomics, and a NaN is the largest of all.
+    num_m = tl.cdiv(M, BLOCK_M)
+    pid_m = tl.program_id(0) % num_m
+    first = (tl.program_id(0) // num_m).to(tl.int64) * (TILES * BLOCK_N)
+    offs_m = (pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    hi = tl.full((BLOCK_M, BLOCK_N), -2147483648, tl.int32)
+    lo = tl.full((BLOCK_M, BLOCK_N), -2147483648, tl.int32)
+    for tile in range(TILES):
+        offs_n = (first + tile * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+        x, mask = _load(x_ptr, mul_ptr, offs_m, offs_n, M, N, stride_xm, stride_xn, stride_mm, stride_mn)
+        if SYMMETRIC:
+            hi = tl.maximum(hi, tl.where(mask, ordered(tl.abs(x)), -2147483648))
+        else:
+            hi = tl.maximum(hi, tl.where(mask, ordered(x), -2147483648))
+            lo = tl.maximum(lo, tl.where(mask, ordered(-x), -2147483648))
+    if TENSOR:
+        tl.atomic_max(stats_ptr, tl.max(tl.max(hi, 1), 0))
+        if not SYMMETRIC:
+            tl.atomic_max(stats_ptr + 1, tl.max(tl.max(lo, 1), 0))
+    else:
+        rows = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        tl.atomic_max(stats_ptr + rows, tl.max(hi, 1), mask=rows < M)
+        if not SYMMETRIC:
+            tl.atomic_max(stats_ptr + groups + rows, tl.max(lo, 1), mask=rows < M)
+
+
+@triton.jit
+def _codes(x, mask, lo, hi, rng_ptr, stream, offs_m, start_n, BITS: tl.constexpr, ZERO: tl.constexpr,
+           STOCHASTIC: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """Codes of a tile (0 outside the mask, so that their sums are right), and the scale and offset of its groups."""
+    scale, inv, z, i, offset = quantization_params(lo, hi, BITS, ZERO)
+    y = (x - z) * inv + i
+    y = tl.where(y == y, y, 0.0)  # NaN has no code; the scale carries it
+    if STOCHASTIC:
+        blocks = (start_n // 8 + tl.arange(0, BLOCK_N // 8))[None, :]
+        y = round_stochastic(y, random_bits(tl.load(rng_ptr), tl.load(rng_ptr + 1), stream, offs_m, blocks))
+    else:
+        y = round_nearest(y)
+    return tl.where(mask, to_codes(y, BITS, ZERO), 0), scale, offset
+
+
+@triton.jit
+def _store(q_ptr, qt_ptr, row_sum_ptr, col_sum_ptr, q, mask, offs_m, offs_n, M, N):
+    """Write a tile of codes row-major and transposed, and add its sums; a None pointer asks for nothing."""
+    if q_ptr is not None:
+        tl.store(q_ptr + offs_m * N + offs_n, q.to(tl.int8), mask=mask)
+    if qt_ptr is not None:
+        tl.store(qt_ptr + offs_n * M + offs_m, q.to(tl.int8), mask=mask)
+    if row_sum_ptr is not None:
+        tl.atomic_add(row_sum_ptr + offs_m, tl.sum(q, 1, keep_dims=True), mask=offs_m < M)
+    if col_sum_ptr is not None:
+        tl.atomic_add(col_sum_ptr + offs_n, tl.sum(q, 0, keep_dims=True), mask=offs_n < N)
+
+
+@triton.jit
+def _tile_kernel(
+    x_ptr, mul_ptr, stats_ptr, rng_ptr, q_ptr, qt_ptr, scale_ptr, offset_ptr, row_sum_ptr, col_sum_ptr,
+    M, N, stride_xm, stride_xn, stride_mm, stride_mn, groups, stream,
+    GRANULARITY: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, STOCHASTIC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    num_n = tl.cdiv(N, BLOCK_N)
+    pid_m = (tl.program_id(0) // num_n).to(tl.int64)
+    pid_n = (tl.program_id(0) % num_n).to(tl.int64)
+    offs_m = (pid_m * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    offs_n = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    x, mask = _load(x_ptr, mul_ptr, offs_m, offs_n, M, N, stride_xm, stride_xn, stride_mm, stride_mn)
+    if GRANULARITY == 0:
+        group = tl.zeros((1, 1), tl.int64)
+    elif GRANULARITY == 1:
+        group = offs_m
+    else:
+        group = offs_n
+    hi = from_ordered(tl.load(stats_ptr + group, mask=group < groups, other=0))
+    lo = -hi
+    if ZERO != 0:
+        lo = -from_ordered(tl.load(stats_ptr + groups + group, mask=group < groups, other=0))
+    q, scale, offset = _codes(
+        x, mask, lo, hi, rng_ptr, stream, offs_m, pid_n * BLOCK_N, BITS, ZERO, STOCHASTIC, BLOCK_N
+    )
+    _store(q_ptr, qt_ptr, row_sum_ptr, col_sum_ptr, q, mask, offs_m, offs_n, M, N)
+    # One program writes the scale of each group: the first along the dimensions that share it.
+    if (GRANULARITY == 1 or pid_m == 0) and (GRANULARITY == 2 or pid_n == 0):
+        tl.store(scale_ptr + group, scale, mask=group < groups)
+        if offset_ptr is not None:
+            tl.store(offset_ptr + group, offset, mask=group < groups)
+
+
+@triton.jit
+def _rows_kernel(
+    x_ptr, mul_ptr, rng_ptr, q_ptr, qt_ptr, scale_ptr, offset_ptr, row_sum_ptr, col_sum_ptr,
+    M, N, stride_xm, stride_xn, stride_mm, stride_mn, stream,
+    BITS: tl.constexpr, ZERO: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    offs_m = (tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    offs_n = tl.arange(0, BLOCK_N).to(tl.int64)[None, :]
+    x, mask = _load(x_ptr, mul_ptr, offs_m, offs_n, M, N, stride_xm, stride_xn, stride_mm, stride_mn)
+    if ZERO == 0:
+        hi = from_ordered(tl.max(tl.where(mask, ordered(tl.abs(x)), 0), 1, keep_dims=True))
+        lo = -hi
+    else:
+        hi = from_ordered(tl.max(tl.where(mask, ordered(x), -2147483648), 1, keep_dims=True))
+        lo = -from_ordered(tl.max(tl.where(mask, ordered(-x), -2147483648), 1, keep_dims=True))
+    q, scale, offset = _codes(x, mask, lo, hi, rng_ptr, stream, offs_m, 0, BITS, ZERO, STOCHASTIC, BLOCK_N)
+    _store(q_ptr, qt_ptr, row_sum_ptr, col_sum_ptr, q, mask, offs_m, offs_n, M, N)
+    tl.store(scale_ptr + offs_m, scale, mask=offs_m < M)
+    if offset_ptr is not None:
+        tl.store(offset_ptr + offs_m, offset, mask=offs_m < M)
+
+
+def rows_block(m: int, n: int, transposed: bool) -> tuple[int, int] | None:
+    """(BLOCK_M, BLOCK_N) of `_rows_kernel` for an (m, n) matrix, or None where a row does not fit or would write badly.
+
+    A transposed copy needs 16 rows in a program, so that it is written in pieces of 16 bytes.
+    """
+    block_n = max(triton.next_power_of_2(n), 8)
+    block_m = min(max(ROWS_MAX_ELEMENTS // block_n, 1) if transposed else max(2048 // block_n, 1), 32)
+    if block_n > ROWS_MAX_ELEMENTS or (transposed and block_m < 16):
+        return None
+    return block_m, block_n
+
+
+def quantize(
+    x: torch.Tensor,
+    *,
+    bits: int,
+    granularity: str,
+    zero: str,
+    multiplier: torch.Tensor | None = None,
+    rng: torch.Tensor | None = None,
+    stream: int = 0,
+    rows: bool = True,
+    cols: bool = False,
+    sums: bool = False,
+    single_read: bool | None = None,
+    tile: tuple[int, int, int] = TILE,
+) -> tuple[torch.Tensor | None, ...]:
+    """Launch the quantization of x (M, N), float32, float16 or bfloat16, any strides, M and N ≥ 1.
+
+    rng (2,) int64 (key, step) asks for stochastic rounding, stream is the whole fourth counter word (stream + 256·rank).
+    multiplier is (M, 1) or (1, N) float32. single_read forces or forbids `_rows_kernel`; tile is `_tile_kernel`'s launch.
+
+    Returns:
+        q (M, N), qt (N, M) int8; scale, offset (1, 1), (M, 1) or (1, N) float32; row_sum (M,), col_sum (N,) int32; None
+        for each that was not asked for.
+    """
+    m, n = x.shape
+    dev = x.device
+    shape = {"per_tensor": (1, 1), "per_row": (m, 1), "per_column": (1, n)}[granularity]
+    groups = shape[0] * shape[1]
+    q = torch.empty(m, n, dtype=torch.int8, device=dev) if rows else None
+    qt = torch.empty(n, m, dtype=torch.int8, device=dev) if cols else None
+    scale = torch.empty(shape, dtype=torch.float32, device=dev)
+    offset = None if zero == "symmetric" else torch.empty_like(scale)
+    row_sum = torch.zeros(m, dtype=torch.int32, device=dev) if sums and rows else None
+    col_sum = torch.zeros(n, dtype=torch.int32, device=dev) if sums and cols else None
+    mul_strides = (0, 0)
+    if multiplier is not None:
+        mul_strides = (multiplier.stride(0) if m == multiplier.shape[0] and multiplier.shape[1] == 1 else 0,
+                       multiplier.stride(1) if n == multiplier.shape[1] and multiplier.shape[0] == 1 else 0)  # fmt: skip
+    out = (q, qt, scale, offset, row_sum, col_sum)
+    flags = dict(BITS=bits, ZERO=ZERO[zero], STOCHASTIC=rng is not None, enable_fp_fusion=False)
+    block = rows_block(m, n, cols) if granularity == "per_row" and single_read is not False else None
+    if single_read and block is None:
+        raise ValueError(f"a single read needs per_row and rows that fit in registers, got {granularity}, {tuple(x.shape)}")
+    if block is not None:
+        warps = 8 if block[0] * block[1] > 4096 else 4
+        _rows_kernel[(triton.cdiv(m, block[0]),)](
+            x, multiplier, rng, *out, m, n, *x.stride(), *mul_strides, stream,
+            **flags, BLOCK_M=block[0], BLOCK_N=block[1], num_warps=warps,
+        )  # fmt: skip
+        return out
+    stats = row_stats(x, granularity, zero == "symmetric", multiplier, mul_strides)
+    block_m, block_n, warps = tile
+    _tile_kernel[(triton.cdiv(m, block_m) * triton.cdiv(n, block_n),)](
+        x, multiplier, stats, rng, *out, m, n, *x.stride(), *mul_strides, groups, stream,
+        GRANULARITY=GRANULARITY[granularity], **flags, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
+    )  # fmt: skip
+    return out
+
+
+def row_stats(
+    x: torch.Tensor, granularity: str, symmetric: bool, multiplier: torch.Tensor | None, mul_strides: tuple[int, int]
+) -> torch.Tensor:
+    """Launch the ranges of x ∘ multiplier: (2, groups) int32, ordered bits of the maximum and of minus the minimum.
+
+    symmetric: (1, groups), of the absolute maximum. A group's range of no elements is LOWEST.
+    """
+    (m, n), (xm, xn), (mm, mn) = x.shape, x.stride(), mul_strides
+    if granularity == "per_column":  # the rows of the transposed view
+        m, n, xm, xn, mm, mn = n, m, xn, xm, mn, mm
+    groups = 1 if granularity == "per_tensor" else m
+    stats = torch.full((1 if symmetric else 2, groups), LOWEST, dtype=torch.int32, device=x.device)
+    block_m, block_n, warps = STATS["rows" if xn <= xm else "cols"]
+    num_m, num_n = triton.cdiv(m, block_m), triton.cdiv(n, block_n)
+    tiles = min(max(num_m * num_n // STATS_MIN_PROGRAMS, 1), num_n)
+    tiles = 1 << (tiles - 1).bit_length()  # a power of two: few variants to compile
+    _row_stats_kernel[(num_m * triton.cdiv(num_n, tiles),)](
+        x, multiplier, stats, m, n, xm, xn, mm, mn, groups,
+        TENSOR=granularity == "per_tensor", SYMMETRIC=symmetric, BLOCK_M=block_m, BLOCK_N=block_n, TILES=tiles,
+        num_warps=warps,
+    )  # fmt: skip
+    return stats
