@@ -1,7 +1,36 @@
-"""fqt: fully quantized training. See README.md; torch is imported on the first use of a name, not before."""
+"""fqt: fully quantized training. All three matrix products of a layer on int8 operands.
+
+Names are loaded on first use: importing fqt imports neither torch nor Triton.
+"""
 
 from __future__ import annotations
 
 import importlib
 
 __version__ = "0.1.0"
+
+_ATTRIBUTES = {
+    "Recipe": "recipe", "Quantizer": "recipe",
+    "quantize_": "convert", "dequantize_": "convert", "ConversionReport": "convert", "explain": "convert",
+    "invalidate_": "nn",
+    "manual_seed": "rng", "set_step": "rng", "get_rng_state": "rng", "set_rng_state": "rng",
+    "backend": "dispatch",
+}  # fmt: skip
+_MODULES = ("convert", "demo", "dispatch", "doctor", "householder", "nn", "ops", "qtensor", "recipe", "reference", "rng")
+
+__all__ = ["__version__", *_ATTRIBUTES, *_MODULES]
+
+
+def __getattr__(name: str):
+    if name in _ATTRIBUTES:
+        value = getattr(importlib.import_module(f".{_ATTRIBUTES[name]}", __name__), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f".{name}", __name__)
+    else:
+        raise AttributeError(f"module 'fqt' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

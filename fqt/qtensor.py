@@ -10,12 +10,12 @@ from torch import Tensor
 class Operand(NamedTuple):
     """One side of a matrix product `A Bᵀ`: (R, K) int8 codes whose last dimension is contracted, and what goes with them.
 
-    scale (R or 1,) and offset (R or 1,) are those of the rows; sum (R,) int32 is the sum of each row's codes, needed
+    scale (R or 1,) and offset (R or 1,) are those of the rows, None for 1 and for 0; sum (R,) int32 is the sum of each row's codes, needed
     only where the other side has an offset.
     """
 
     q: Tensor
-    scale: Tensor
+    scale: Tensor | None
     offset: Tensor | None
     sum: Tensor | None
 

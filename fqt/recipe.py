@@ -99,6 +99,11 @@ class Recipe:
     def is_exact(self) -> bool:
         return self.x is None
 
+    @functools.cached_property
+    def affine(self) -> bool:
+        """Whether any operand has an offset, so that sums of codes are needed."""
+        return any(q is not None and q.zero != "symmetric" for q in (self.x, self.w, self.dgrad, self.wgrad))
+
     @property
     def name(self) -> str:
         """The short name ("psq5"), or "custom" where no named recipe is equal to this one."""

@@ -160,7 +160,7 @@ def quantize(
     q = q.to(torch.int8)
     return QTensor(
         q=q if rows else None,
-        qt=q.t().contiguous() if cols else None,
+        qt=q.t().clone(memory_format=torch.contiguous_format) if cols else None,
         scale=scale,
         offset=None if symmetric else offset,
         row_sum=q.sum(1, dtype=torch.int32) if sums and rows else None,
@@ -193,7 +193,7 @@ def int_mm(a: Tensor, b: Tensor) -> Tensor:
     total = None
     for start in range(0, k, _EXACT_FLOAT_TERMS):
         part = slice(start, min(start + _EXACT_FLOAT_TERMS, k))
-        chunk = (a[:, part].float() @ b[:, part].float().t()).to(torch.int32)
+        chunk = mm(a[:, part].float(), b[:, part].float().t()).to(torch.int32)
         if total is None:
             total = chunk if k <= MAX_INT32_TERMS else chunk.to(torch.int64)
         else:
@@ -201,10 +201,17 @@ def int_mm(a: Tensor, b: Tensor) -> Tensor:
     return torch.zeros(a.shape[0], b.shape[0], dtype=torch.int32, device=a.device) if total is None else total
 
 
+def mm(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in the operands' own dtype, whatever autocast would make of it."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
+
+
 def scaled_mm(a: Operand, b: Operand, bias: Tensor | None = None, out_dtype: torch.dtype = torch.float32) -> Tensor:
     """The product A Bᵀ (+ bias) of two quantized operands, (M, N), from one exact integer matrix product.
 
-    With A = qa·sa + oa and B = qb·sb + ob, offsets of A per row or single, the offset of B single:
+    With A = qa·sa + oa and B = qb·sb + ob, offsets of A per row or single, the offset of B single, and
+    no scale of B for 1:
 
         A Bᵀ = sa·sb·(qa qbᵀ) + oa·(sb·Σqb + K·ob) + (ob·sa)·Σqa
 
@@ -212,9 +219,11 @@ def scaled_mm(a: Operand, b: Operand, bias: Tensor | None = None, out_dtype: tor
     """
     dtype = a.scale.dtype
     k = a.q.shape[1]
-    out = int_mm(a.q, b.q).to(dtype) * a.scale[:, None] * b.scale[None, :]
+    out = int_mm(a.q, b.q).to(dtype) * a.scale[:, None]
+    if b.scale is not None:
+        out = out * b.scale[None, :]
     if a.offset is not None:
-        u = b.sum.to(dtype) * b.scale
+        u = b.sum.to(dtype) if b.scale is None else b.sum.to(dtype) * b.scale
         if b.offset is not None:
             u = u + b.offset * float(k)
         out = out + a.offset[:, None] * u[None, :]
@@ -241,7 +250,7 @@ def dgrad(dy: Tensor, w: QTensor, recipe: Recipe, **random) -> Tensor:
     """
     if recipe.dgrad is None:
         return dy @ w.dequantize()
-    if w.scale.numel() == 1:
+    if recipe.w.granularity == "per_tensor":
         return dequantized_gradient(dy, recipe.dgrad, **random) @ w.dequantize()
     return dequantized_gradient(dy, recipe.dgrad, multiplier=w.scale.t(), **random) @ w.q.to(w.scale.dtype)
 
@@ -250,7 +259,7 @@ def wgrad(dy: Tensor, x: QTensor, recipe: Recipe, **random) -> Tensor:
     """dW = Q_b1(dY)ᵀ X, (N, K): dequantized operands, a scale per sample of X folded into dY first."""
     if recipe.wgrad is None:
         return dy.t() @ x.dequantize()
-    if x.scale.numel() == 1:
+    if recipe.x.granularity == "per_tensor":
         return dequantized_gradient(dy, recipe.wgrad, **random).t() @ x.dequantize()
     return dequantized_gradient(dy, recipe.wgrad, multiplier=x.scale, **random).t() @ x.q.to(x.scale.dtype)
 

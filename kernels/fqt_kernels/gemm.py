@@ -52,11 +52,15 @@ def _scaled_mm_kernel(
     mask_m = offs_m < M
     mask_n = offs_n < N
     sa = tl.load(a_scale_ptr + offs_m * stride_sa, mask=mask_m, other=0.0)[:, None]
-    sb = tl.load(b_scale_ptr + offs_n * stride_sb, mask=mask_n, other=0.0)[None, :]
-    out = acc * sa * sb
+    out = acc * sa
+    if b_scale_ptr is not None:
+        sb = tl.load(b_scale_ptr + offs_n * stride_sb, mask=mask_n, other=0.0)[None, :]
+        out *= sb
     if a_offset_ptr is not None:
         oa = tl.load(a_offset_ptr + offs_m * stride_sa, mask=mask_m, other=0.0)[:, None]
-        u = tl.load(b_sum_ptr + offs_n, mask=mask_n, other=0)[None, :].to(tl.float32) * sb
+        u = tl.load(b_sum_ptr + offs_n, mask=mask_n, other=0)[None, :].to(tl.float32)
+        if b_scale_ptr is not None:
+            u *= sb
         if b_offset_ptr is not None:
             u += tl.load(b_offset_ptr) * (terms * 1.0)
         out += oa * u
@@ -90,7 +94,7 @@ def scaled_mm(
     a: torch.Tensor,
     b: torch.Tensor,
     a_scale: torch.Tensor,
-    b_scale: torch.Tensor,
+    b_scale: torch.Tensor | None,
     *,
     a_offset: torch.Tensor | None = None,
     b_offset: torch.Tensor | None = None,
@@ -103,7 +107,7 @@ def scaled_mm(
     """Launch C = A Bᵀ for a (M, K) and b (N, K) int8 whose last stride is 1; M, N ≥ 1, K ≥ 0. Where K or a row's
     stride is no multiple of 16, the codes are copied first, padded with zeros.
 
-    a_scale (M or 1,), b_scale (N or 1,), a_offset like a_scale, b_offset (1,), all float32; a_sum (M,) and b_sum (N,)
+    a_scale (M or 1,), b_scale (N or 1,) or None for 1, a_offset like a_scale, b_offset (1,), all float32; a_sum (M,) and b_sum (N,)
     int32, the row sums of the codes, needed where the other side has an offset; bias (N,) of any floating dtype.
     """
     (m, terms), n = a.shape, b.shape[0]
@@ -113,7 +117,7 @@ def scaled_mm(
     block_m, block_n, block_k, warps, stages = config
     _scaled_mm_kernel[(triton.cdiv(m, block_m) * triton.cdiv(n, block_n),)](
         a, b, c, a_scale, b_scale, a_offset, b_offset, a_sum, b_sum, bias,
-        m, n, k, terms, a.stride(0), b.stride(0), n, int(a_scale.numel() > 1), int(b_scale.numel() > 1),
+        m, n, k, terms, a.stride(0), b.stride(0), n, int(a_scale.numel() > 1), int(b_scale is not None and b_scale.numel() > 1),
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=GROUP_M,
         EVEN_K=k % block_k == 0, FLUSH=0 if k <= MAX_INT32_TERMS else MAX_INT32_TERMS // block_k,
         num_warps=warps, num_stages=stages, enable_fp_fusion=False,

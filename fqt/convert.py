@@ -1,0 +1,224 @@
+"""Conversion of a model in place, and the report of what was done and what was not."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .dispatch import problem, select
+from .nn import Linear
+from .recipe import Recipe
+
+Filter = Callable[[nn.Module, str], bool]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer: its qualified name, type, shape (out, in), recipe, status, kernel, expected speed-up, and the reason.
+
+    status: "converted", "switched" (had another recipe), "unchanged" (had this recipe), "skipped". speedup is over bf16 on
+    this GPU, None where it was not measured.
+    """
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    recipe: str
+    status: str
+    kernel: str
+    speedup: float | None
+    reason: str
+
+
+@dataclass
+class ConversionReport:
+    """What `quantize_` did to each linear layer of a model. `str` is a table, `to_json` the same as data."""
+
+    layers: list[LayerReport] = field(default_factory=list)
+
+    @property
+    def converted(self) -> list[LayerReport]:
+        """The layers that now train as asked: converted, switched or unchanged."""
+        return [r for r in self.layers if r.status != "skipped"]
+
+    @property
+    def skipped(self) -> list[LayerReport]:
+        return [r for r in self.layers if r.status == "skipped"]
+
+    @property
+    def fallbacks(self) -> list[LayerReport]:
+        """Converted layers that run without a Triton kernel where they are now."""
+        return [r for r in self.converted if r.kernel.startswith("reference")]
+
+    def to_json(self) -> str:
+        return json.dumps([asdict(r) for r in self.layers], indent=1)
+
+    def __str__(self) -> str:
+        head = ("layer", "type", "shape", "recipe", "status", "kernel", "speed-up", "reason")
+        rows = [
+            (r.name or "(the model)", r.type, "×".join(map(str, r.shape)), r.recipe, r.status, r.kernel,
+             "not measured" if r.speedup is None and r.status != "skipped" else f"{r.speedup or ''}", r.reason)
+            for r in self.layers
+        ]  # fmt: skip
+        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]]
+        reference = f", {len(self.fallbacks)} without a Triton kernel" if self.fallbacks else ""
+        lines.append(f"{len(self.converted)} layers quantized{reference}, {len(self.skipped)} skipped")
+        return "\n".join(lines)
+
+
+def quantize_(
+    model: nn.Module,
+    recipe: str | Recipe | Mapping[str, str | Recipe] = "int8",
+    filter_fn: Filter | None = None,
+    strict: bool = True,
+) -> ConversionReport:
+    """Make a model's `nn.Linear` layers train on quantized operands, in place.
+
+    Each layer keeps its Parameters (so optimizers built before go on working), hooks, name and state_dict keys; its class
+    becomes `fqt.nn.Linear`. Layers that are quantized already change to the new recipe. Only modules whose type is
+    exactly `nn.Linear` are swapped; one whose weight is read by its parent, shares its life with a parametrization, or is
+    computed by a hook is skipped, with the reason in the report. `nn.TransformerEncoderLayer`'s fast path, which reads
+    the weights itself, is switched off. Convert before wrapping in DDP or FSDP and before torch.compile.
+
+    Args:
+        recipe: one for all layers, or a mapping of name patterns ("*.mlp.*", fnmatch) to recipes; the first that matches
+            decides, and a layer that none matches is left alone.
+        filter_fn: called with (module, qualified name); False leaves the layer as it is.
+        strict: raise where nothing was quantized, or a pattern matched no layer.
+
+    Raises:
+        TypeError: model is no module.   ValueError: an unknown recipe, or what strict forbids.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"quantize_ takes a torch.nn.Module, got {type(model).__name__}")
+    patterns = recipe if isinstance(recipe, Mapping) else {"*": recipe}
+    recipes = {pattern: Recipe.parse(value) for pattern, value in patterns.items()}
+    modules = dict(model.named_modules())
+    report, used = ConversionReport(), set()
+    for name, module in modules.items():
+        if not isinstance(module, nn.Linear):
+            continue
+        pattern = next((p for p in recipes if fnmatch.fnmatchcase(name, p)), None)
+        reason = _why_not(module, name, modules)
+        if pattern is None:
+            reason = reason or "no pattern matches its name"
+        elif reason is None:
+            used.add(pattern)
+            if filter_fn is not None and not filter_fn(module, name):
+                reason = "filter_fn returned False"
+        if reason is not None:
+            report.layers.append(_skipped(module, name, reason))
+            continue
+        report.layers.append(_convert(module, name, recipes[pattern]))
+    _disable_fast_paths(model, report)
+    if strict:
+        _check_strict(report, [p for p in recipes if p not in used and isinstance(recipe, Mapping)])
+    return report
+
+
+def dequantize_(model: nn.Module) -> nn.Module:
+    """Turn a model's quantized layers back into `nn.Linear`, in place, the same Parameters; returns the model."""
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.__class__ = nn.Linear
+            del module._buffers["_fqt_rng"]
+            module._non_persistent_buffers_set.discard("_fqt_rng")
+            for name in [n for n in module.__dict__ if n.startswith("_fqt_")]:
+                del module.__dict__[name]
+        if "_fqt_fast_path" in module.__dict__:
+            module.activation_relu_or_gelu = module.__dict__.pop("_fqt_fast_path")
+    return model
+
+
+def explain(layer: nn.Module, x: Tensor) -> str:
+    """Which backend and configuration each operator of a layer gets for an input, and why. Prints nothing.
+
+    Raises:
+        TypeError: layer is not quantized.   ValueError: x does not fit the layer.
+    """
+    if not isinstance(layer, Linear):
+        raise TypeError(f"explain takes a fqt.nn.Linear, got {type(layer).__name__}")
+    if x.dim() == 0 or x.shape[-1] != layer.in_features:
+        raise ValueError(f"{layer.label}: expected input (*, {layer.in_features}), got {tuple(x.shape)}")
+    k, n = layer.in_features, layer.out_features
+    m = x.numel() // k if k else 0
+    recipe = layer.recipe
+    lines = [f"{layer.label}, recipe {recipe.name}, M={m} N={n} K={k}, {x.dtype} on {x.device}"]
+    if recipe.is_exact:
+        return "\n".join([*lines, "  every product: torch, full precision"])
+    for what, rows, cols in (("X", m, k), ("W", n, k), ("dY", m, n)):
+        lines.append(f"  quantize {what} ({rows}, {cols}): {select(problem('quantize', x.device, rows, cols, dtype=x.dtype))}")
+    for what, quantizer, shape in (("fprop", recipe.x, (m, n, k)), ("dgrad", recipe.dgrad, (m, k, n)),
+                                   ("wgrad", recipe.wgrad, (n, k, m))):  # fmt: skip
+        choice = select(problem("scaled_mm", x.device, *shape, dtype=x.dtype))
+        transform = ", block Householder in torch" if quantizer is not None and quantizer.householder else ""
+        lines.append(f"  {what} {shape}: {choice if quantizer else 'torch, full precision'}{transform}")
+    return "\n".join(lines)
+
+
+def _why_not(module: nn.Linear, name: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """The reason a linear layer cannot be swapped, or None."""
+    if type(module) not in (nn.Linear, Linear):
+        parent = modules.get(name.rpartition(".")[0])
+        if isinstance(parent, nn.MultiheadAttention):
+            return "MultiheadAttention reads its weight directly"
+        if torch.nn.utils.parametrize.is_parametrized(module):
+            return "its weight is parametrized"
+        return f"its type is {type(module).__name__}, not nn.Linear"
+    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+        return "its weight is computed by a hook (weight_norm, pruning)"
+    if not module.weight.is_floating_point():
+        return f"its weight is {module.weight.dtype}"
+    return None
+
+
+def _convert(module: nn.Linear, name: str, recipe: Recipe) -> LayerReport:
+    if isinstance(module, Linear):
+        status = "unchanged" if module.recipe == recipe else "switched"
+        module.recipe, module._fqt_name = recipe, name
+        if module._fqt_key_name != name:
+            module._fqt_key_name = name
+            _restart(module)
+    else:
+        status = "converted"
+        module.__class__ = Linear
+        module._become_quantized(recipe, name, name)
+    kernel, reason = "torch", "full precision"
+    if not recipe.is_exact:
+        choice = select(problem("scaled_mm", module.weight.device, 4096, *module.weight.shape, dtype=module.weight.dtype))
+        kernel, reason = choice.backend, choice.reason
+    return LayerReport(name, "Linear", tuple(module.weight.shape), recipe.name, status, kernel, None, reason)
+
+
+def _restart(module: Linear) -> None:
+    from .rng import restart
+
+    restart(module)
+
+
+def _skipped(module: nn.Linear, name: str, reason: str) -> LayerReport:
+    shape = (module.out_features, module.in_features)
+    return LayerReport(name, type(module).__name__, shape, "", "skipped", "", None, reason)
+
+
+def _disable_fast_paths(model: nn.Module, report: ConversionReport) -> None:
+    """TransformerEncoderLayer's inference path hands its layers' weights to one fused operator: make it call the layers."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and "_fqt_fast_path" not in module.__dict__:
+            if any(isinstance(m, Linear) for m in module.modules()):
+                module.__dict__["_fqt_fast_path"] = module.activation_relu_or_gelu
+                module.activation_relu_or_gelu = 0
+
+
+def _check_strict(report: ConversionReport, unused: list[str]) -> None:
+    if unused:
+        raise ValueError(f"strict: no layer that can be quantized matches {', '.join(map(repr, unused))}\n{report}")
+    if not report.converted:
+        what = f"all were skipped:\n{report}" if report.layers else "the model has no nn.Linear"
+        raise ValueError(f"strict: nothing was quantized; {what}")

@@ -1,0 +1,427 @@
+"""`fqt doctor`: what is installed, whether every kernel is right on this device, and which backend is used.
+
+The oracle is `fqt.reference` on the CPU. Codes, scales, offsets and sums must be equal to the last bit. A matrix product
+accumulates exactly in integers and then rounds in float32, on either side at most 10 times plus once for each piece of a
+long sum, so that both lie within
+
+    2 · (10 + pieces) · 2⁻²⁴ · (|a|·|b| summed over K, with the magnitudes of every offset term and of the bias)
+
+of each other (one more unit in the last place for bfloat16 output); a kernel that rounds in the same order is bit-equal.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import __version__, dispatch, reference
+from .cli import table
+from .qtensor import Operand
+from .recipe import GRANULARITIES, ROUNDINGS, ZEROS, Quantizer
+
+SHAPE = (131, 70)  # of the quantized matrices: one above a tile in each direction
+_UNIT = 2.0**-24  # rounding to float32 is off by at most this fraction
+
+
+class Check(NamedTuple):
+    """One case: what was run, and a function that returns {output: (got, want, bound)}; the bound broadcasts, 0 is bits."""
+
+    kernel: str
+    case: str
+    run: Callable[[], dict[str, tuple[Tensor, Tensor, Tensor | float]]]
+
+
+def run() -> dict[str, Any]:
+    """Gather the report: plain values, ready for JSON; "ok" is false where a check failed."""
+    how, device, reason = _kernels_run()
+    checks = [*reference_checks()]
+    if how != "not run":
+        checks += [*kernel_checks(device, how == "interpreter")]
+    results = []
+    for done, check in enumerate(checks, 1):
+        _progress(f"{done}/{len(checks)} {check.kernel}: {check.case}")
+        results.append(_verdict(check))
+    _progress("")
+    return {
+        "versions": _versions(),
+        "devices": _devices(),
+        "c_compiler": c_compiler(),
+        "triton_cache": _triton_cache(),
+        "kernels": {"run": how, "device": str(device), "reason": reason},
+        "checks": results,
+        "dispatch": _choices(),
+        "ok": all(result["ok"] for result in results),
+    }
+
+
+def summary(report: dict[str, Any]) -> str:
+    """The report as text: one section for the machine, one for the checks (by kernel), one for the backends."""
+    none = "not installed"
+    facts = [(name, value or none) for name, value in report["versions"].items()]
+    facts += [(device["device"], device["description"]) for device in report["devices"]]
+    facts.append(("C compiler", report["c_compiler"] or "none found: Triton needs one (gcc, clang, or CC) to launch kernels"))
+    facts.append(("Triton cache", report["triton_cache"] or none))
+    facts.append(("kernels", report["kernels"]["reason"]))
+    rows, failures = [], []
+    for kernel in dict.fromkeys(result["kernel"] for result in report["checks"]):
+        results = [result for result in report["checks"] if result["kernel"] == kernel]
+        failed = [result for result in results if not result["ok"]]
+        equal = all(result["error"] == 0 for result in results)
+        verdict = f"FAILED {len(failed)}" if failed else "ok, bit-equal" if equal else "ok, within the bound"
+        largest = max((r["error"] for r in results if r["error"] is not None), default=None)
+        rows.append((kernel, str(len(results)), verdict, "not measured" if largest is None else f"{largest:.3g}"))
+        failures += [f"FAILED {kernel}: {result['case']}: {result['message']}" for result in failed]
+    choices = [(choice["op"], choice["shape"], choice["backend"], choice["reason"]) for choice in report["dispatch"]]
+    sections = [
+        "\n".join(f"{name:<14}{value}" for name, value in facts),
+        table(("check", "cases", "verdict", "largest error"), rows, right=(1,)),
+        table(("operator", "shape", "backend", "because"), choices),
+    ]
+    sections += ["\n".join(failures)] if failures else []
+    return "\n\n".join([*sections, "all checks passed" if report["ok"] else f"{len(failures)} checks failed"])
+
+
+# ---- the machine
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"fqt": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    try:
+        versions["triton"] = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        versions["triton"] = dispatch.triton_version()
+    return versions
+
+
+def _devices() -> list[dict[str, str]]:
+    capability = torch.backends.cpu.get_cpu_capability()
+    cpu = f"{platform.machine()}, {capability}, {os.cpu_count()} processors, {torch.get_num_threads()} threads"
+    devices = [{"device": "cpu", "description": cpu}]
+    driver = _driver() if torch.cuda.is_available() else None
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        properties = torch.cuda.get_device_properties(index)
+        arch, processors = dispatch.device_info(f"cuda:{index}")
+        memory = f"{properties.total_memory / 2**30:.0f} GiB"
+        text = f"{properties.name}, {arch}, {processors} processors, {memory}, driver {driver or 'unknown'}"
+        devices.append({"device": f"cuda:{index}", "description": text})
+    return devices
+
+
+def _driver() -> str | None:
+    """The GPU driver's version: nvidia-smi's word, or the kernel module's for AMD; None where neither says it."""
+    try:
+        if torch.version.hip:
+            with open("/sys/module/amdgpu/version") as f:
+                return f.read().strip()
+        call = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(call, capture_output=True, text=True, timeout=30, check=True).stdout.split("\n")[0].strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def c_compiler() -> str | None:
+    """The C compiler that Triton would call for its launcher: CC, else gcc, else clang; None where there is none."""
+    return shutil.which(os.environ.get("CC") or "gcc") or (None if os.environ.get("CC") else shutil.which("clang"))
+
+
+def _triton_cache() -> str | None:
+    if dispatch.triton_version() is None:
+        return None
+    import triton
+
+    return str(triton.knobs.cache.dir)
+
+
+def _kernels_run() -> tuple[str, torch.device, str]:
+    """How the kernels can run here, "hardware", "interpreter" or "not run", on which device, and in words."""
+    cpu = torch.device("cpu")
+    if dispatch.triton_version() is None:
+        return "not run", cpu, "not run: Triton is not installed; the CPU reference backend is used"
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        return "interpreter", cpu, "run in Triton's interpreter (TRITON_INTERPRET=1), not on hardware"
+    if not torch.cuda.is_available():
+        return "not run", cpu, "no GPU: kernels not run on hardware; the CPU reference backend is used"
+    gpu = torch.device("cuda", torch.cuda.current_device())
+    choice = dispatch.select(dispatch.problem("scaled_mm", gpu, 128, 128, 128))
+    if choice.backend != "triton":
+        return "not run", gpu, f"not run: {choice.reason}"
+    if c_compiler() is None:
+        return "not run", gpu, "not run: Triton needs a C compiler (gcc, clang, or CC) and found none"
+    return "hardware", gpu, f"run on {torch.cuda.get_device_name(gpu)}"
+
+
+def _choices() -> list[dict[str, str]]:
+    """What dispatch chooses on the device a user would train on, for a small, a large and a long problem."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    problems = [("quantize", 4096, 4096, 0)]
+    problems += [("scaled_mm", *shape) for shape in ((128, 128, 128), (4096, 4096, 4096), (576, 64, 200_704))]
+    choices = []
+    for op, m, n, k in problems:
+        choice = dispatch.select(dispatch.problem(op, device, m, n, k))
+        config = f" {choice.config}" if choice.config else ""
+        shape = f"{m}x{n}" + (f"x{k}" if k else "")
+        choices.append({"op": op, "shape": shape, "backend": f"{choice.backend}{config}", "reason": choice.reason})
+    return choices
+
+
+# ---- running and judging a check
+
+
+def _verdict(check: Check) -> dict[str, Any]:
+    """The result of a check: ok, the largest error of its outputs (None where it could not run), and a message."""
+    result: dict[str, Any] = {"kernel": check.kernel, "case": check.case, "ok": True, "error": 0.0, "message": "bit-equal"}
+    try:
+        outputs = check.run()
+        compared = {name: _compare(*triple) for name, triple in outputs.items()}
+    except Exception as e:  # a kernel that does not compile or launch is a verdict, not a crash of the doctor
+        text = " ".join(str(e).split())
+        return result | {"ok": False, "error": None, "message": f"{type(e).__name__}: {text[:300]}"}
+    messages = []
+    for name, (ok, error, text) in compared.items():
+        result["ok"] &= ok
+        result["error"] = max(result["error"], error)
+        messages += [f"{name} {text}"] if text else []
+    return result | ({"message": "; ".join(messages)} if messages else {})
+
+
+def _compare(got: Tensor, want: Tensor, bound: Tensor | float) -> tuple[bool, float, str]:
+    """(within the bound, largest error, what to say of it): NaN equals NaN, any other difference with NaN is infinite."""
+    if got.shape != want.shape or got.dtype != want.dtype:
+        return False, float("inf"), f"is {got.dtype} {tuple(got.shape)}, not {want.dtype} {tuple(want.shape)}"
+    got, want = got.detach().cpu().double(), want.detach().cpu().double()
+    same = (got == want) | (got.isnan() & want.isnan())
+    if bool(same.all()):
+        return True, 0.0, ""
+    error = torch.where(same, torch.zeros_like(got), (got - want).abs()).nan_to_num(nan=float("inf"))
+    bad = int((error > bound).sum())
+    largest = min(float(error.max()), sys.float_info.max)  # JSON has no infinity
+    if bad:
+        return False, largest, f"differs by up to {largest:.3g} in {bad} of {got.numel()} places"
+    return True, largest, f"differs by up to {largest:.3g}, within the bound"
+
+
+def _progress(text: str) -> None:
+    """One line on stderr, rewritten in place; nothing where stderr is no terminal."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text[: shutil.get_terminal_size().columns - 1]}", end="", file=sys.stderr, flush=True)
+
+
+# ---- the kernels against the reference
+
+
+def kernel_checks(device: torch.device, interpreter: bool = False) -> Iterator[Check]:
+    """Every kernel of fqt_kernels on small shapes, every launch configuration that dispatch can choose on this device."""
+    yield from _stats_checks(device)
+    yield from _quantize_checks(device)
+    yield from _scaled_mm_checks(device, interpreter)
+
+
+def _matrix(poisoned: bool) -> Tensor:
+    """Rows of very different sizes, one of zeros, one constant, one of ties; with a NaN and an infinity if poisoned."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(SHAPE, generator=generator) * torch.logspace(-6, 3, SHAPE[0])[:, None]
+    x[3], x[4] = 0.0, 0.5
+    x[5] = torch.arange(SHAPE[1]) - 20.5
+    if poisoned:
+        x[7, 11], x[8, 12] = float("nan"), float("inf")
+    return x
+
+
+def _stats_checks(device: torch.device) -> Iterator[Check]:
+    from fqt_kernels import quantize as kernel
+
+    def ordered(x: Tensor) -> Tensor:
+        bits = x.flatten().contiguous().view(torch.int32)
+        return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+    def case(granularity: str, symmetric: bool) -> dict[str, tuple[Tensor, Tensor, float]]:
+        x = _matrix(poisoned=False)
+        got = kernel.row_stats(x.to(device), granularity, symmetric, None, (0, 0)).cpu()
+        dims = {"per_tensor": (0, 1), "per_row": (1,), "per_column": (0,)}[granularity]
+        ends = [x.abs().amax(dims)] if symmetric else [x.amax(dims), (-x).amax(dims)]
+        return {"range": (got, torch.stack([ordered(end) for end in ends]), 0.0)}
+
+    for granularity in GRANULARITIES:
+        for symmetric in (True, False):
+            name = f"{granularity}, {'absolute maximum' if symmetric else 'minimum and maximum'}"
+            yield Check("_row_stats_kernel", name, lambda g=granularity, s=symmetric: case(g, s))
+
+
+def _quantize_checks(device: torch.device) -> Iterator[Check]:
+    index = 0
+    for granularity in GRANULARITIES:
+        for single_read in (True, False) if granularity == "per_row" else (False,):
+            for zero in ZEROS:
+                for rounding in ROUNDINGS:
+                    for layout in ("rows", "transposed"):
+                        bits = 8 if rounding == "nearest" else 4
+                        quantizer = Quantizer(bits, granularity, zero, rounding)
+                        name = f"{granularity}, {zero}, {rounding}, {bits} bits, {layout}"
+                        yield Check(
+                            "_rows_kernel" if single_read else "_tile_kernel",
+                            name,
+                            lambda a=(device, quantizer, single_read, layout, index): _quantize_case(*a),
+                        )
+                        index += 1
+
+
+def _quantize_case(
+    device: torch.device, quantizer: Quantizer, single_read: bool, layout: str, index: int
+) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """One launch against the reference. The index alternates dense and transposed input; stochastic cases fold a scale."""
+    from fqt_kernels import quantize as kernel
+
+    granularity, stochastic = quantizer.granularity, quantizer.rounding == "stochastic"
+    x = _matrix(poisoned=granularity != "per_tensor")
+    m, n = x.shape
+    multiplier = rng = None
+    if stochastic:
+        rng = torch.tensor([-0x123456789ABCDEF, 41])
+        along = torch.linspace(0.5, 2.0, m)[:, None] if granularity == "per_column" else torch.linspace(0.5, 2.0, n)[None]
+        multiplier = along.contiguous()
+    rows = layout == "rows"
+    want = reference.quantize(
+        x, quantizer, multiplier=multiplier, rng=rng, stream=5, rank=3, rows=rows, cols=not rows, sums=True
+    )
+    on_device = x.to(device) if index // 2 % 2 == 0 else x.t().contiguous().to(device).t()
+    got = kernel.quantize(
+        on_device, bits=quantizer.bits, granularity=granularity, zero=quantizer.zero,
+        multiplier=None if multiplier is None else multiplier.to(device), rng=None if rng is None else rng.to(device),
+        stream=5 + 256 * 3, rows=rows, cols=not rows, sums=True, single_read=single_read,
+    )  # fmt: skip
+    names = ("q", "qt", "scale", "offset", "row_sum", "col_sum")
+    expected = (want.q, want.qt, want.scale, want.offset, want.row_sum, want.col_sum)
+    for name, g, w in zip(names, got, expected, strict=True):
+        if (g is None) != (w is None):
+            raise ValueError(f"{name} is {'missing' if g is None else 'returned unasked'}")
+    return {name: (g, w, 0.0) for name, g, w in zip(names, got, expected, strict=True) if g is not None}
+
+
+def _scaled_mm_checks(device: torch.device, interpreter: bool) -> Iterator[Check]:
+    from fqt_kernels.gemm import MAX_INT32_TERMS
+
+    def configs(k: int) -> list[tuple[int, ...]]:
+        with dispatch.backend("triton" if interpreter else "auto"):
+            sizes = [2**i for i in range(6, 16)]
+            chosen = [dispatch.select(dispatch.problem("scaled_mm", device, size, size, k)).config for size in sizes]
+        return list(dict.fromkeys(config for config in chosen if config is not None))
+
+    even, odd, long = (64, 48, 64), (67, 45, 37), (5, 3, MAX_INT32_TERMS + 20)
+    kinds = {"symmetric": even, "affine": even, "affine, no scale of B": odd, "affine, bias, odd shape": odd}
+    cases = [(kind, shape, configs(64)[0]) for kind, shape in kinds.items()]
+    cases += [("affine, bias, odd shape", odd, config) for config in configs(64)[1:]]
+    cases.append(("affine, bias, bfloat16", odd, configs(64)[0]))
+    cases += [("extreme codes, sum beyond int32", long, config) for config in configs(long[2])]
+    for kind, shape, config in cases:
+        name = f"{kind}, {'x'.join(map(str, shape))}, {config}"
+        yield Check("_scaled_mm_kernel", name, lambda a=(device, kind, shape, config): _scaled_mm_case(*a))
+
+
+def _scaled_mm_case(
+    device: torch.device, kind: str, shape: tuple[int, int, int], config: tuple[int, ...]
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    from fqt_kernels import gemm as kernel
+
+    a, b, bias = _operands(*shape, kind)
+    dtype = torch.bfloat16 if "bfloat16" in kind else torch.float32
+    want = reference.scaled_mm(a, b, bias, dtype)
+
+    def move(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.to(device)
+
+    got = kernel.scaled_mm(
+        move(a.q), move(b.q), move(a.scale), move(b.scale), a_offset=move(a.offset), b_offset=move(b.offset),
+        a_sum=move(a.sum), b_sum=move(b.sum), bias=move(bias), out_dtype=dtype, config=config,
+    )  # fmt: skip
+    bound = scaled_mm_bound(a, b, bias)
+    if dtype == torch.bfloat16:
+        bound = bound + 2.0**-7 * want.double().abs()
+    return {"product": (got, want, bound)}
+
+
+def _operands(m: int, n: int, k: int, kind: str) -> tuple[Operand, Operand, Tensor | None]:
+    """Codes, scales, offsets and sums of a product of that shape, all from one fixed seed."""
+    generator = torch.Generator().manual_seed(1)
+    if "extreme" in kind:
+        qa, qb = torch.full((m, k), -128, dtype=torch.int8), torch.full((n, k), -128, dtype=torch.int8)
+    else:
+        qa, qb = (torch.randint(-128, 128, (r, k), generator=generator).to(torch.int8) for r in (m, n))
+    sa, sb = (torch.rand(r, generator=generator) + 0.1 for r in (m, n))
+    if "affine" not in kind:
+        return Operand(qa, sa, None, None), Operand(qb, sb, None, None), None
+    oa, ob = torch.randn(m, generator=generator), torch.randn(1, generator=generator)
+    sums = [q.sum(1, dtype=torch.int32) for q in (qa, qb)]
+    bias = torch.randn(n, generator=generator) if "bias" in kind else None
+    return Operand(qa, sa, oa, sums[0]), Operand(qb, None if "no scale" in kind else sb, ob, sums[1]), bias
+
+
+def scaled_mm_bound(a: Operand, b: Operand, bias: Tensor | None) -> Tensor:
+    """(M, N) float64: how far two float32 evaluations of `scaled_mm` on exact integer sums can be apart."""
+    k = a.q.shape[1]
+    magnitude = reference.int_mm(a.q.short().abs(), b.q.short().abs()).double() * a.scale.double()[:, None]
+    sb = 1.0 if b.scale is None else b.scale.double()
+    magnitude = magnitude * sb
+    if a.offset is not None:
+        u = b.sum.double().abs() * sb + (0.0 if b.offset is None else b.offset.double().abs() * k)
+        magnitude = magnitude + a.offset.double().abs()[:, None] * u
+    if b.offset is not None:
+        magnitude = magnitude + (b.offset.double().abs() * a.scale.double() * a.sum.double().abs())[:, None]
+    if bias is not None:
+        magnitude = magnitude + bias.double().abs()
+    pieces = -(-k // (reference.MAX_INT32_TERMS // 2))
+    return 2 * (10 + pieces) * _UNIT * magnitude
+
+
+# ---- the reference against first principles
+
+
+def reference_checks() -> Iterator[Check]:
+    """The CPU backend against definitions that share no code with it."""
+    yield Check("reference.philox", "published answer of Philox4x32-10 for zeros", _philox_case)
+    yield Check("reference.int_mm", "extreme codes against int64, 33x2500 by 2500x17", _int_mm_case)
+    for granularity in GRANULARITIES:
+        for zero in ZEROS:
+            for rounding in ROUNDINGS:
+                quantizer = Quantizer(5, granularity, zero, rounding)
+                name = f"{granularity}, {zero}, {rounding}: within {'half a' if rounding == 'nearest' else 'one'} step"
+                yield Check("reference.quantize", name, lambda q=quantizer: _step_case(q))
+    yield Check("reference.scaled_mm", "affine against float64, 67x45x37", _product_case)
+
+
+def _philox_case() -> dict[str, tuple[Tensor, Tensor, float]]:
+    words = reference.philox(*[torch.zeros((), dtype=torch.int64)] * 6, rounds=10)
+    return {"words": (torch.stack(words), torch.tensor([0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]), 0.0)}
+
+
+def _int_mm_case() -> dict[str, tuple[Tensor, Tensor, float]]:
+    generator = torch.Generator().manual_seed(2)
+    a, b = (torch.randint(-128, 128, (r, 2500), generator=generator).to(torch.int8) for r in (33, 17))
+    a[0], b[0] = -128, -128
+    return {"product": (reference.int_mm(a, b), (a.long() @ b.long().t()).int(), 0.0)}
+
+
+def _step_case(quantizer: Quantizer) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Dequantizing gives x back to within half a step (nearest) or one (stochastic), and float32's own rounding."""
+    x = _matrix(poisoned=False)
+    qt = reference.quantize(x, quantizer, rng=torch.tensor([7, 8]))
+    lo, hi = reference.quantization_params  # placeholder
+    return {}
+
+
+def _product_case() -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    a, b, bias = _operands(67, 45, 37, "affine, bias")
+    left = a.q.double() * a.scale.double()[:, None] + a.offset.double()[:, None]
+    right = b.q.double() * b.scale.double()[:, None] + b.offset.double()
+    want = left @ right.t() + bias.double()
+    return {"product": (reference.scaled_mm(a, b, bias).double(), want, scaled_mm_bound(a, b, bias))}

@@ -1,0 +1,185 @@
+"""Quantized modules: subclasses of torch's own, so that a model's class can be swapped in place."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ops, rng
+from .dispatch import problem, select
+from .qtensor import QTensor
+from .recipe import Recipe
+
+_built = 0  # layers constructed directly, which have no qualified name to take their key from
+_said: set[str] = set()  # reasons of fall-backs that were already given
+
+
+class _Cached(NamedTuple):
+    key: tuple
+    value: QTensor
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear` whose three matrix products run on quantized operands, as its recipe says.
+
+    Built directly, or made of an `nn.Linear` in place by `fqt.quantize_`. Parameters, their names, state_dict keys and
+    hooks are those of `nn.Linear`; the recipe and the random stream are in no state_dict (see `fqt.get_rng_state`).
+
+    Input (*, in_features) float32, bfloat16, float16 (float64 by the reference backend), of the weight's dtype unless
+    autocast is on; output (*, out_features) in the dtype that `nn.Linear` gives. A sample is a row of the input flattened
+    to two dimensions. Activation ranges are always those of the batch at hand, in evaluation as well.
+
+    The weight is quantized once for each version of the parameter (its address and autograd's version counter). Writes
+    that autograd does not see, through `.data` or a foreign library, need `fqt.invalidate_`. Between forward and backward
+    the input is kept as int8 codes, transposed; in evaluation, or where nothing needs a gradient, nothing is kept.
+
+    Args:
+        recipe: a name such as "psq5" or a `fqt.Recipe`. The other arguments are those of `nn.Linear`.
+
+    Raises (forward):
+        TypeError: an input that is not floating point, or of another dtype than the weight.
+        ValueError: a wrong last dimension, or another device than the weight's.
+        RuntimeError (backward): a second derivative is asked for.
+
+    Source: StatQuant (arXiv 2010.14298) sections 2 and 3.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None, *,
+                 recipe: str | Recipe = "int8") -> None:  # fmt: skip
+        global _built
+        recipe = Recipe.parse(recipe)
+        super().__init__(in_features, out_features, bias, device, dtype)
+        _built += 1
+        self._become_quantized(recipe, "", f"fqt.nn.Linear {_built}")
+
+    def _become_quantized(self, recipe: Recipe, name: str, key_name: str) -> None:
+        """Take on a recipe, the name that errors call the layer by, and the name its random key is made of."""
+        self._fqt_recipe, self._fqt_name, self._fqt_key_name = recipe, name, key_name
+        self._fqt_cache: _Cached | None = None
+        device = self.weight.device
+        self.register_buffer("_fqt_rng", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
+        rng.register(self)
+        rng.restart(self)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The layer's recipe; assign a name or a Recipe to change it."""
+        return self._fqt_recipe
+
+    @recipe.setter
+    def recipe(self, value: str | Recipe) -> None:
+        self._fqt_recipe = Recipe.parse(value)
+
+    # ---- forward
+
+    def forward(self, input: Tensor) -> Tensor:
+        recipe = self._fqt_recipe
+        if recipe.is_exact:
+            return F.linear(input, self.weight, self.bias)
+        out_dtype = self._check(input)
+        lead = input.shape[:-1]
+        x = input.reshape(math.prod(lead), self.in_features)
+        training = torch.is_grad_enabled()
+        save_x = training and self.weight.requires_grad
+        w = self._quantized_weight(transposed=training and input.requires_grad)
+        y = ops.linear(
+            x, self.weight, self.bias, w.q, w.qt, w.scale, w.offset, w.row_sum, w.col_sum, self._fqt_rng,
+            str(recipe), out_dtype, save_x,
+        )[0]  # fmt: skip
+        return y.reshape(*lead, self.out_features)
+
+    def _check(self, x: Tensor) -> torch.dtype:
+        """Refuse an input the layer cannot take; the dtype of the output otherwise."""
+        if not x.is_floating_point():
+            raise TypeError(f"{self.label}: the input must be floating point, got {x.dtype}")
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(f"{self.label}: expected input (*, {self.in_features}), got {tuple(x.shape)}")
+        if x.device != self.weight.device:
+            raise ValueError(f"{self.label}: the input is on {x.device}, the weight on {self.weight.device}")
+        if not torch.compiler.is_compiling() and x.is_cuda:
+            self._say_fallback(x)
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            return torch.get_autocast_dtype(x.device.type)
+        if x.dtype != self.weight.dtype:
+            raise TypeError(f"{self.label}: the input is {x.dtype}, the weight {self.weight.dtype}; cast one or use autocast")
+        return x.dtype
+
+    def _say_fallback(self, x: Tensor) -> None:
+        choice = select(problem("quantize", x.device, 1, 1, dtype=x.dtype))
+        if choice.backend == "reference" and choice.reason != "asked for" and choice.reason not in _said:
+            _said.add(choice.reason)
+            warnings.warn(f"fqt: {self.label} runs without Triton kernels on {x.device}: {choice.reason}", stacklevel=4)
+
+    def _quantized_weight(self, transposed: bool) -> QTensor:
+        """The weight's codes, from the cache where the parameter is the same and unchanged; both layouts if transposed."""
+        w = self.weight
+        if torch.compiler.is_compiling() or not _has_version(w):
+            return ops.quantize_weight(w.detach(), self._fqt_recipe, transposed)
+        key = (w.data_ptr(), w._version, w.dtype, w.device, self._fqt_recipe)
+        cached = self._fqt_cache
+        if cached is None or cached.key != key or (transposed and cached.value.qt is None):
+            cached = _Cached(key, ops.quantize_weight(w.detach(), self._fqt_recipe, transposed))
+            self._fqt_cache = cached
+        return cached.value
+
+    @property
+    def label(self) -> str:
+        """What errors and reports call the layer: its qualified name, or its shape."""
+        return f"{self._fqt_name or 'fqt.nn.Linear'} ({self.in_features} → {self.out_features})"
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, recipe={self._fqt_recipe.name}"
+
+    # ---- whatever may change the weight behind its version counter drops the cache
+
+    def __setattr__(self, name: str, value) -> None:
+        if name == "weight":  # also how FSDP swaps in the gathered parameter
+            self.__dict__["_fqt_cache"] = None
+        super().__setattr__(name, value)
+
+    def _apply(self, fn, recurse=True):
+        self._fqt_cache = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self._fqt_cache = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def reset_parameters(self) -> None:
+        self.__dict__["_fqt_cache"] = None
+        super().reset_parameters()
+        if "_fqt_rng" in self._buffers:  # to_empty() left it without a value
+            rng.restart(self)
+
+    # ---- copies and pickles
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_fqt_cache": None}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        rng.register(self)
+
+
+def _has_version(w: Tensor) -> bool:
+    """Whether (address, version) identifies the parameter's value, and a result may outlive this call."""
+    if w.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(w) or type(w.data) is not Tensor:
+        return False
+    return not (w.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def invalidate_(model: nn.Module) -> nn.Module:
+    """Forget the quantized weights of a model's layers, after a write that autograd did not see; returns the model.
+
+    `param.data.copy_(…)`, `param.data.add_(…)` and the like do not advance the version counter, so the layer would go on
+    with the codes of the old value. Optimizers, `load_state_dict` and in-place writes under `torch.no_grad()` need no call.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module._fqt_cache = None
+    return model
