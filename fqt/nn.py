@@ -59,8 +59,9 @@ class Linear(nn.Linear):
 
     def _become_quantized(self, recipe: Recipe, name: str, key_name: str) -> None:
         """Take on a recipe, the name that errors call the layer by, and the name its random key is made of."""
-        self._fqt_recipe, self._fqt_name, self._fqt_key_name = recipe, name, key_name
         self._fqt_cache: _Cached | None = None
+        self._fqt_name, self._fqt_key_name = name, key_name
+        self.recipe = recipe
         device = self.weight.device
         self.register_buffer("_fqt_rng", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
         rng.register(self)
@@ -74,6 +75,7 @@ class Linear(nn.Linear):
     @recipe.setter
     def recipe(self, value: str | Recipe) -> None:
         self._fqt_recipe = Recipe.parse(value)
+        self._fqt_spec = str(self._fqt_recipe)  # what the operators take
 
     # ---- forward
 
@@ -89,7 +91,7 @@ class Linear(nn.Linear):
         w = self._quantized_weight(transposed=training and input.requires_grad)
         y = ops.linear(
             x, self.weight, self.bias, w.q, w.qt, w.scale, w.offset, w.row_sum, w.col_sum, self._fqt_rng,
-            str(recipe), out_dtype, save_x,
+            self._fqt_spec, out_dtype, save_x,
         )[0]  # fmt: skip
         return y.reshape(*lead, self.out_features)
 

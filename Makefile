@@ -1,0 +1,31 @@
+# The README's commands. `make demo` and `make test` set up a virtual environment of their own.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint gpu clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch triton
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,test]' ruff
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/fqt demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# On a machine with a GPU, with the torch, Triton, pytest and hypothesis of the python3 at hand; no network.
+gpu:
+	PYTHONPATH=.:kernels $(PYTHON) -m fqt doctor
+	PYTHONPATH=.:kernels $(PYTHON) -m pytest -q
+	PYTHONPATH=.:kernels $(PYTHON) -m bench.gpu
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,28 @@
+"""Fixtures shared by all tests. Without a GPU the kernels run in Triton's interpreter, on CPU tensors."""
+
+import os
+
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
+
+import pytest
+
+torch.set_num_threads(min(torch.get_num_threads(), 2))
+
+
+@pytest.fixture
+def device() -> str:
+    """Where kernels run: the GPU if there is one, else the CPU, in the interpreter."""
+    return DEVICE
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    """Every test starts from the same seeds, torch's and fqt's."""
+    import fqt
+
+    torch.manual_seed(0)
+    fqt.manual_seed(0)
