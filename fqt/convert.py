@@ -7,8 +7,8 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 
-import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .dispatch import problem, select
 from .nn import Linear
@@ -168,7 +168,7 @@ def _why_not(module: nn.Linear, name: str, modules: Mapping[str, nn.Module]) -> 
         parent = modules.get(name.rpartition(".")[0])
         if isinstance(parent, nn.MultiheadAttention):
             return "MultiheadAttention reads its weight directly"
-        if torch.nn.utils.parametrize.is_parametrized(module):
+        if parametrize.is_parametrized(module):
             return "its weight is parametrized"
         return f"its type is {type(module).__name__}, not nn.Linear"
     if not isinstance(module._parameters.get("weight"), nn.Parameter):

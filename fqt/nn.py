@@ -105,8 +105,9 @@ class Linear(nn.Linear):
             raise ValueError(f"{self.label}: the input is on {x.device}, the weight on {self.weight.device}")
         if not torch.compiler.is_compiling() and x.is_cuda:
             self._say_fallback(x)
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-            return torch.get_autocast_dtype(x.device.type)
+        kind = x.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+            return torch.get_autocast_dtype(kind)
         if x.dtype != self.weight.dtype:
             raise TypeError(f"{self.label}: the input is {x.dtype}, the weight {self.weight.dtype}; cast one or use autocast")
         return x.dtype

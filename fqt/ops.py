@@ -360,11 +360,11 @@ def _backward(ctx, dy, *_):
     if dy is None:
         return (None,) * 13
     need_x, need_w, need_bias = ctx.needs_input_grad[:3]
-    w_qt, save_x = ctx.saved_tensors[4], ctx.save_x
-    if (need_x and w_qt is None) or (need_w and not save_x):
+    saved = ctx.saved_tensors  # once: under activation checkpointing each reading recomputes
+    if (need_x and saved[4] is None) or (need_w and not ctx.save_x):
         raise RuntimeError("fqt::linear: a gradient is asked for that nothing was saved for (save_x, w_qt)")
     dx, dw, dbias = linear_backward(
-        dy, *ctx.saved_tensors, ctx.rng, rng.rank(), ctx.recipe, *ctx.dtypes, need_x, need_w, need_bias
+        dy, *saved, ctx.rng, rng.rank(), ctx.recipe, *ctx.dtypes, need_x, need_w, need_bias
     )
     if torch.is_grad_enabled():  # create_graph=True
         dx, dw, dbias = _NoSecondDerivative.apply(dy.new_empty(0, requires_grad=True), dx, dw, dbias)

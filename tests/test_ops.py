@@ -1,0 +1,172 @@
+"""The operators `fqt::…`: opcheck, any strides, fake equal to real, and their errors."""
+
+import itertools
+
+import pytest
+import torch
+from laws import poisoned, random_state
+from torch.library import opcheck
+
+from fqt import ops, reference
+from fqt.qtensor import Operand
+from fqt.recipe import Quantizer, Recipe
+
+RECIPES = ("qat8", "int8", "ptq8", "psq4", "bhq4")
+
+
+def layouts(x):
+    """The same matrix in memory of other strides, surrounded by NaN where there is a surrounding."""
+    yield "contiguous", x.clone()
+    yield "transposed", x.t().contiguous().t()
+    yield "strided", poisoned(x)
+    yield "offset", torch.cat([torch.full_like(x[:, :1], float("nan")), x], 1)[:, 1:]
+
+
+def linear_arguments(recipe, x, w, bias, save=True):
+    r = Recipe.parse(recipe)
+    t = ops.quantize_weight(w.detach(), r, transposed=True)
+    pieces = (t.q, t.qt, t.scale, t.offset, t.row_sum, t.col_sum)
+    return (x, w, bias, *pieces, random_state(1).to(x.device), str(r), x.dtype, save)
+
+
+def backward_arguments(recipe, dy, forward, needs=(True, True, True)):
+    _, x_qt, x_scale, x_offset, x_sum = ops.linear(*forward)
+    w_qt, w_scale, w_offset, w_sum = forward[4], forward[5], forward[6], forward[8]
+    f32 = torch.float32
+    return (dy, x_qt, x_scale, x_offset, x_sum, w_qt, w_scale, w_offset, w_sum, forward[9], 0, forward[10], f32, f32, f32, *needs)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "zero", "rounding"),
+    [("per_row", "symmetric", "stochastic"), ("per_tensor", "grid", "nearest"), ("per_column", "min", "stochastic")],
+)
+@pytest.mark.parametrize("shape", [(5, 9), (1, 7), (6, 1), (0, 3), (3, 0)])
+def test_quantize_passes_opcheck(granularity, zero, rounding, shape, device):
+    x = torch.randn(*shape, device=device)
+    rng = random_state().to(device)
+    for rows, cols, sums in ((True, False, False), (False, True, True), (True, True, True)):
+        opcheck(ops.quantize, (x, 6, granularity, zero, rounding), dict(rng=rng, rows=rows, cols=cols, sums=sums))
+
+
+@pytest.mark.parametrize("offsets", [False, True])
+def test_scaled_mm_passes_opcheck(offsets, device):
+    q = Quantizer(8, "per_tensor", "grid" if offsets else "symmetric")
+    a = reference.quantize(torch.randn(5, 9, device=device), q, sums=True).rows()
+    b = reference.quantize(torch.randn(7, 9, device=device), q, sums=True).rows()
+    bias = torch.randn(7, device=device)
+    for out_dtype in (torch.float32, torch.bfloat16):
+        opcheck(ops.scaled_mm, (a.q, b.q, a.scale, b.scale, a.offset, b.offset, a.sum, b.sum, bias, out_dtype))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("m", [0, 1, 6])
+def test_linear_passes_opcheck(recipe, m, device):
+    w = torch.randn(4, 9, device=device, requires_grad=True)
+    bias = torch.randn(4, device=device, requires_grad=True)
+    for x_grad, b in itertools.product((True, False), (bias, None)):
+        x = torch.randn(m, 9, device=device, requires_grad=x_grad)
+        opcheck(ops.linear, linear_arguments(recipe, x, w, b))
+    opcheck(ops.linear, linear_arguments(recipe, torch.randn(m, 9, device=device), w.detach(), bias.detach(), save=False))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("needs", [(True, True, True), (False, True, False), (True, False, False)])
+def test_linear_backward_passes_opcheck(recipe, needs, device):
+    w, x = torch.randn(4, 9, device=device), torch.randn(6, 9, device=device)
+    forward = linear_arguments(recipe, x, w, None)
+    opcheck(ops.linear_backward, backward_arguments(recipe, torch.randn(6, 4, device=device), forward, needs))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_linear_and_its_backward_do_not_depend_on_strides(recipe, device):
+    """opcheck alone lets a wrong transposed input through: values over all layouts of X, W and dY."""
+    x, w, dy = torch.randn(6, 9, device=device), torch.randn(4, 9, device=device), torch.randn(6, 4, device=device)
+    expected = None
+    for (name_x, xs), (name_w, ws), (name_dy, dys) in itertools.product(layouts(x), layouts(w), layouts(dy)):
+        forward = linear_arguments(recipe, xs, ws, None)
+        got = (*ops.linear(*forward), *ops.linear_backward(*backward_arguments(recipe, dys, forward)))
+        expected = expected or got
+        for i, (a, b) in enumerate(zip(expected, got, strict=True)):
+            if i == 7 or (recipe == "qat8" and i in (5, 6)):
+                # Plain float32 sums of at most 9 products or terms below 20, in an order that torch picks by stride.
+                torch.testing.assert_close(a, b, rtol=0, atol=9 * 20 * 2.0**-24)
+            else:
+                assert torch.equal(a, b), (i, name_x, name_w, name_dy)
+
+
+def test_scaled_mm_does_not_depend_on_strides(device):
+    a = torch.randint(-128, 128, (6, 20), dtype=torch.int8, device=device)
+    b = torch.randint(-128, 128, (7, 20), dtype=torch.int8, device=device)
+    exact = (a.long().cpu() @ b.long().cpu().t()).float()
+    one = torch.ones(1, device=device)
+
+    def views(q):
+        yield q
+        yield q.t().contiguous().t()
+        yield torch.stack([q, q + 1], 2)[:, :, 0]
+        yield torch.cat([q, q], 1)[:, :20]
+
+    for backend in ("reference", "triton"):
+        from fqt.dispatch import backend as force
+
+        with force(backend):
+            for va, vb in itertools.product(views(a), views(b)):
+                assert torch.equal(ops.scaled_mm(va, vb, one, one).cpu(), exact), backend
+
+
+def test_outputs_never_share_memory():
+    """An operator's outputs must be its own: a transposed copy of one row or one column is a copy too."""
+    for shape in ((1, 7), (7, 1), (1, 1)):
+        q, qt, *_ = ops.quantize(torch.randn(*shape), 8, "per_row", "symmetric", "nearest", cols=True)
+        assert q.data_ptr() != qt.data_ptr()
+
+
+def test_backward_advances_the_step_once_and_leaves_the_key(device):
+    forward = linear_arguments("psq4", torch.randn(6, 9, device=device), torch.randn(4, 9, device=device), None)
+    key, step = forward[9].tolist()
+    ops.linear_backward(*backward_arguments("psq4", torch.randn(6, 4, device=device), forward))
+    assert forward[9].tolist() == [key, step + 1]
+
+
+def test_dgrad_and_wgrad_draw_independent_bits():
+    """The two quantizations of one dY must not share bits: their codes' rounding errors are uncorrelated."""
+    dy = torch.randn(64, 64)
+    errors = []
+    for stream in (ops.DGRAD, ops.WGRAD):
+        q = Quantizer(4, "per_tensor", "symmetric", "stochastic")
+        errors.append(ops.quantized(dy, q, rng=random_state(), stream=stream).dequantize() - dy)
+    correlation = torch.corrcoef(torch.stack([e.flatten() for e in errors]))[0, 1]
+    assert abs(float(correlation)) < 5 / 64  # 4096 pairs: standard deviation 1/64
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "says"),
+    [
+        (lambda x, q: ops.quantize(x[0], 8, "per_row", "min", "nearest"), TypeError, "matrix"),
+        (lambda x, q: ops.quantize(q, 8, "per_row", "min", "nearest"), TypeError, "int8"),
+        (lambda x, q: ops.quantize(x, 9, "per_row", "min", "nearest"), ValueError, "bits"),
+        (lambda x, q: ops.quantize(x, 8, "per_group", "min", "nearest"), ValueError, "per_group"),
+        (lambda x, q: ops.quantize(x, 8, "per_row", "min", "stochastic"), ValueError, "rng"),
+        (lambda x, q: ops.quantize(x, 8, "per_row", "min", "nearest", multiplier=x), ValueError, "multiplier"),
+        (lambda x, q: ops.scaled_mm(x, q, x[0, :1], x[0, :1]), TypeError, "float32"),
+        (lambda x, q: ops.scaled_mm(q, q[:, 1:], x[0, :1], x[0, :1]), ValueError, "last dimension"),
+        (lambda x, q: ops.scaled_mm(q, q, x[0, :2], x[0, :1]), ValueError, "a_scale"),
+        (lambda x, q: ops.scaled_mm(q, q, x[0, :1], x[0, :1], x[0, :1]), ValueError, "sum"),
+        (lambda x, q: ops.scaled_mm(q, q, x[0, :1], x[0, :1], bias=x[0, :4]), ValueError, "bias"),
+    ],
+)
+def test_bad_arguments_are_refused(call, error, says):
+    with pytest.raises(error, match=says):
+        call(torch.randn(5, 9), torch.zeros(5, 9, dtype=torch.int8))
+
+
+def test_a_gradient_that_nothing_was_saved_for_is_an_error():
+    x, w = torch.randn(6, 9), torch.randn(4, 9, requires_grad=True)
+    y = ops.linear(*linear_arguments("int8", x, w, None, save=False))[0]
+    with pytest.raises(RuntimeError, match="nothing was saved"):
+        y.sum().backward()
+
+
+def test_product_without_scale_is_scale_one():
+    a = Operand(torch.ones(2, 3, dtype=torch.int8), torch.ones(1), None, None)
+    assert torch.equal(ops.product(a, a._replace(scale=None)), torch.full((2, 2), 3.0))
