@@ -16,7 +16,19 @@ _ATTRIBUTES = {
     "manual_seed": "rng", "set_step": "rng", "get_rng_state": "rng", "set_rng_state": "rng",
     "backend": "dispatch",
 }  # fmt: skip
-_MODULES = ("convert", "demo", "dispatch", "doctor", "householder", "nn", "ops", "qtensor", "recipe", "reference", "rng")
+_MODULES = (
+    "convert",
+    "demo",
+    "dispatch",
+    "doctor",
+    "householder",
+    "nn",
+    "ops",
+    "qtensor",
+    "recipe",
+    "reference",
+    "rng",
+)
 
 __all__ = ["__version__", *_ATTRIBUTES, *_MODULES]
 

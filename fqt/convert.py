@@ -66,7 +66,9 @@ class ConversionReport:
             for r in self.layers
         ]  # fmt: skip
         widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]
+        ]
         reference = f", {len(self.fallbacks)} without a Triton kernel" if self.fallbacks else ""
         lines.append(f"{len(self.converted)} layers quantized{reference}, {len(self.skipped)} skipped")
         return "\n".join(lines)
@@ -153,7 +155,9 @@ def explain(layer: nn.Module, x: Tensor) -> str:
     if recipe.is_exact:
         return "\n".join([*lines, "  every product: torch, full precision"])
     for what, rows, cols in (("X", m, k), ("W", n, k), ("dY", m, n)):
-        lines.append(f"  quantize {what} ({rows}, {cols}): {select(problem('quantize', x.device, rows, cols, dtype=x.dtype))}")
+        lines.append(
+            f"  quantize {what} ({rows}, {cols}): {select(problem('quantize', x.device, rows, cols, dtype=x.dtype))}"
+        )
     for what, quantizer, shape in (("fprop", recipe.x, (m, n, k)), ("dgrad", recipe.dgrad, (m, k, n)),
                                    ("wgrad", recipe.wgrad, (n, k, m))):  # fmt: skip
         choice = select(problem("scaled_mm", x.device, *shape, dtype=x.dtype))
@@ -191,7 +195,9 @@ def _convert(module: nn.Linear, name: str, recipe: Recipe) -> LayerReport:
         module._become_quantized(recipe, name, name)
     kernel, reason = "torch", "full precision"
     if not recipe.is_exact:
-        choice = select(problem("scaled_mm", module.weight.device, 4096, *module.weight.shape, dtype=module.weight.dtype))
+        choice = select(
+            problem("scaled_mm", module.weight.device, 4096, *module.weight.shape, dtype=module.weight.dtype)
+        )
         kernel, reason = choice.backend, choice.reason
     return LayerReport(name, "Linear", tuple(module.weight.shape), recipe.name, status, kernel, None, reason)
 

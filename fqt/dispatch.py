@@ -1,13 +1,12 @@
 """Which backend and which launch configuration an operator gets: a pure function of a frozen problem.
 
-    >>> print(select(Problem("scaled_mm", 8192, 8192, 8192, device="cuda", arch="sm90", processors=132, triton="3.6.0")))
-    triton (128, 256, 128, 8, 3): largest tile that fills 132 processors
+>>> print(select(Problem("scaled_mm", 8192, 8192, 8192, device="cuda", arch="sm90", processors=132, triton="3.6.0")))
+triton (128, 256, 128, 8, 3): largest tile that fills 132 processors
 """
 
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -64,17 +63,23 @@ def select(problem: Problem) -> Choice:
         if p.triton is None:
             raise RuntimeError("fqt.backend('triton'): Triton is not installed")
         if p.device == "cpu":
-            return Choice("triton", _INTERPRETER_CONFIG if p.op == "scaled_mm" else None, "asked for, in the interpreter")
+            return Choice(
+                "triton", _INTERPRETER_CONFIG if p.op == "scaled_mm" else None, "asked for, in the interpreter"
+            )
     elif p.device == "cpu":
         return Choice("reference", None, "CPU tensors")
     if p.triton is None:
         return Choice("reference", None, "Triton is not installed")
     family = _FAMILY.get(p.arch) or ("amd" if p.arch.startswith("gfx") else None)
     if p.arch == "sm103" and p.force != "triton":
-        return Choice("refused", None, "sm_103 has next to no INT8 throughput: train in bf16 or fp8 on it (recipe 'exact')")
+        return Choice(
+            "refused", None, "sm_103 has next to no INT8 throughput: train in bf16 or fp8 on it (recipe 'exact')"
+        )
     if family is None:
         if p.force != "triton":
-            return Choice("reference", None, f"no int8 tensor-core kernel for {p.arch or p.device}: it needs sm_80 or newer")
+            return Choice(
+                "reference", None, f"no int8 tensor-core kernel for {p.arch or p.device}: it needs sm_80 or newer"
+            )
         family = "sm80"
     if p.op == "quantize":
         return Choice("triton", None, "fused statistics and rounding")
@@ -92,12 +97,13 @@ def _gemm_config(p: Problem, family: str) -> Choice:
     return Choice("triton", CONFIGS[family][0], f"smallest tile: the output has too few for {p.processors} processors")
 
 
-_forced: contextvars.ContextVar[str] = contextvars.ContextVar("fqt_backend", default="auto")
+_forced = "auto"  # of the whole process: autograd runs backward passes on threads of its own
 
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Within the context every operator runs on this backend: "triton", "reference", or "auto" (the default).
+    """Within the context every operator of the process, backward passes included, runs on this backend:
+    "triton", "reference", or "auto" (the default).
 
     "triton" on CPU tensors runs the kernels in Triton's interpreter, if TRITON_INTERPRET=1 was set before the first use.
 
@@ -106,21 +112,22 @@ def backend(name: str) -> Iterator[None]:
     """
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
-    token = _forced.set(name)
+    global _forced
+    before, _forced = _forced, name
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = before
 
 
 def problem(op: str, device, m: int, n: int, k: int = 0, dtype=None) -> Problem:
     """The problem of calling `op` on tensors of a torch.device, under the current `backend`."""
     arch, processors = device_info(str(device)) if device.type == "cuda" else ("", 1)
     name = "float32" if dtype is None else str(dtype).removeprefix("torch.")
-    return Problem(op, m, n, k, name, device.type, arch, processors, triton_version(), _forced.get())
+    return Problem(op, m, n, k, name, device.type, arch, processors, triton_version(), _forced)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def device_info(device: str) -> tuple[str, int]:
     """(arch, processors) of a GPU."""
     import torch
@@ -131,7 +138,7 @@ def device_info(device: str) -> tuple[str, int]:
     return f"sm{properties.major}{properties.minor}", properties.multi_processor_count
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def triton_version() -> str | None:
     """Triton's version, or None where it is not installed."""
     try:

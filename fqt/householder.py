@@ -87,7 +87,8 @@ def group_rows(ranges: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     v, order = torch.sort(ranges, descending=True, stable=True)
     sums = v.cumsum(0)
     count = ((n - 1 - index) * v > sums).sum()  # G, on the device
-    ends = torch.floor((n - count) * sums / sums[(count - 1).clamp(min=0)] + 0.5).nan_to_num(0).long()
+    led = sums.gather(0, (count - 1).clamp(min=0).reshape(1))  # not sums[…]: a 0-d index would be read by the host
+    ends = torch.floor((n - count) * sums / led + 0.5).nan_to_num(0).long()
     ends = torch.where(index >= count - 1, n - count, ends)  # c_i of leader i; exactly N - G from the last leader on
     starts = torch.cat([ends.new_zeros(1), ends[:-1]])
     leads = index < count

@@ -109,7 +109,9 @@ class Linear(nn.Linear):
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
             return torch.get_autocast_dtype(kind)
         if x.dtype != self.weight.dtype:
-            raise TypeError(f"{self.label}: the input is {x.dtype}, the weight {self.weight.dtype}; cast one or use autocast")
+            raise TypeError(
+                f"{self.label}: the input is {x.dtype}, the weight {self.weight.dtype}; cast one or use autocast"
+            )
         return x.dtype
 
     def _say_fallback(self, x: Tensor) -> None:
@@ -141,23 +143,29 @@ class Linear(nn.Linear):
     # ---- whatever may change the weight behind its version counter drops the cache
 
     def __setattr__(self, name: str, value) -> None:
-        if name == "weight":  # also how FSDP swaps in the gathered parameter
-            self.__dict__["_fqt_cache"] = None
         super().__setattr__(name, value)
+        if name == "weight":  # also how FSDP swaps in the gathered parameter, and load_state_dict(assign=True) its own
+            self.__dict__["_fqt_cache"] = None
+            self._leave_meta()
 
     def _apply(self, fn, recurse=True):
         self._fqt_cache = None
-        return super()._apply(fn, recurse)
+        on_meta = self._fqt_rng.is_meta
+        super()._apply(fn, recurse)
+        if on_meta and not self._fqt_rng.is_meta:  # to_empty() left the stream without a value
+            rng.restart(self)
+        return self
+
+    def _leave_meta(self) -> None:
+        """Follow a weight that came off the meta device by itself."""
+        stream = self.__dict__.get("_buffers", {}).get("_fqt_rng")
+        if stream is not None and stream.is_meta and not self.weight.is_meta:
+            self._buffers["_fqt_rng"] = torch.zeros(2, dtype=torch.int64, device=self.weight.device)
+            rng.restart(self)
 
     def _load_from_state_dict(self, *args, **kwargs):
         self._fqt_cache = None
         super()._load_from_state_dict(*args, **kwargs)
-
-    def reset_parameters(self) -> None:
-        self.__dict__["_fqt_cache"] = None
-        super().reset_parameters()
-        if "_fqt_rng" in self._buffers:  # to_empty() left it without a value
-            rng.restart(self)
 
     # ---- copies and pickles
 

@@ -7,6 +7,7 @@ since operator schemas have no optional outputs.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import torch
@@ -28,6 +29,11 @@ def _choose(op: str, device: torch.device, m: int, n: int, k: int = 0, dtype: to
     if choice.backend == "refused":
         raise RuntimeError(f"fqt::{op}: {choice.reason}; or force the kernels with fqt.backend('triton')")
     return choice
+
+
+def _device_guard(t: Tensor):
+    """Triton launches on the current device; the tensors may be on another."""
+    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
 
 
 # ---- on whichever backend: what the operators below are made of
@@ -52,10 +58,11 @@ def quantized(
                                   rows=rows, cols=cols, sums=sums)  # fmt: skip
     from fqt_kernels.quantize import quantize as launch
 
-    return QTensor(
-        *launch(x, bits=quantizer.bits, granularity=quantizer.granularity, zero=quantizer.zero, multiplier=multiplier,
-                rng=random, stream=stream + 256 * rank, rows=rows, cols=cols, sums=sums)
-    )  # fmt: skip
+    with _device_guard(x):
+        return QTensor(
+            *launch(x, bits=quantizer.bits, granularity=quantizer.granularity, zero=quantizer.zero, multiplier=multiplier,
+                    rng=random, stream=stream + 256 * rank, rows=rows, cols=cols, sums=sums)
+        )  # fmt: skip
 
 
 def product(a: Operand, b: Operand, bias: Tensor | None = None, out_dtype: torch.dtype = torch.float32) -> Tensor:
@@ -66,10 +73,11 @@ def product(a: Operand, b: Operand, bias: Tensor | None = None, out_dtype: torch
         return reference.scaled_mm(a, b, bias, out_dtype)
     from fqt_kernels.gemm import scaled_mm as launch
 
-    return launch(
-        a.q.contiguous(), b.q.contiguous(), a.scale, b.scale, a_offset=a.offset, b_offset=b.offset, a_sum=a.sum,
-        b_sum=b.sum, bias=bias, out_dtype=out_dtype, config=choice.config,
-    )  # fmt: skip
+    with _device_guard(a.q):
+        return launch(
+            a.q.contiguous(), b.q.contiguous(), a.scale, b.scale, a_offset=a.offset, b_offset=b.offset, a_sum=a.sum,
+            b_sum=b.sum, bias=None if bias is None else bias.contiguous(), out_dtype=out_dtype, config=choice.config,
+        )  # fmt: skip
 
 
 def _without_scale(operand: Operand, folded: bool) -> Operand:
@@ -107,7 +115,9 @@ def weight_gradient(dy: Tensor, x: QTensor, recipe: Recipe, out_dtype: torch.dty
         return reference.mm(dy.t().to(x.scale.dtype), x.dequantize()).to(out_dtype)
     folded = recipe.x.granularity == "per_row"
     multiplier = x.scale if folded else None
-    h = quantized(dy, recipe.wgrad, multiplier=multiplier, stream=WGRAD, rows=False, cols=True, sums=recipe.affine, **random)
+    h = quantized(
+        dy, recipe.wgrad, multiplier=multiplier, stream=WGRAD, rows=False, cols=True, sums=recipe.affine, **random
+    )
     return product(h.cols(), _without_scale(x.cols(), folded), out_dtype=out_dtype)
 
 
@@ -122,7 +132,7 @@ def _or_none(t: Tensor, present: bool) -> Tensor | None:
     return t if present else None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _recipe(text: str) -> Recipe:
     return Recipe.parse(text)
 
@@ -158,16 +168,23 @@ def quantize(
         raise ValueError("fqt::quantize: stochastic rounding needs rng, a (2,) int64 tensor of key and step")
     if multiplier is not None and multiplier.shape not in ((x.shape[0], 1), (1, x.shape[1])):
         raise ValueError(f"fqt::quantize: multiplier is (M, 1) or (1, N), got {tuple(multiplier.shape)}")
+    for name, t in (("rng", rng), ("multiplier", multiplier)):
+        if t is not None and t.device != x.device:
+            raise ValueError(f"fqt::quantize: x is on {x.device}, {name} on {t.device}")
     if multiplier is not None:
         multiplier = multiplier.to(reference.compute_dtype(x))
-    t = quantized(x, quantizer, multiplier=multiplier, rng=rng, stream=stream, rank=rank, rows=rows, cols=cols, sums=sums)
+    t = quantized(
+        x, quantizer, multiplier=multiplier, rng=rng, stream=stream, rank=rank, rows=rows, cols=cols, sums=sums
+    )
     q, qt = (_or_empty(c, x.new_empty(0, dtype=torch.int8)) for c in (t.q, t.qt))
     row_sum, col_sum = (_or_empty(c, x.new_empty(0, dtype=torch.int32)) for c in (t.row_sum, t.col_sum))
     return q, qt, t.scale, _or_empty(t.offset, t.scale), row_sum, col_sum
 
 
 @quantize.register_fake
-def _(x, bits, granularity, zero, rounding, multiplier=None, rng=None, stream=0, rank=0, rows=True, cols=False, sums=False):
+def _(
+    x, bits, granularity, zero, rounding, multiplier=None, rng=None, stream=0, rank=0, rows=True, cols=False, sums=False
+):
     m, n = x.shape
     scale = _fake_scale(x, granularity)
     return (
@@ -233,12 +250,16 @@ def scaled_mm(
     }  # fmt: skip
     for name, (t, sizes) in expected.items():
         if t is not None and (t.dim() != 1 or t.numel() not in sizes):
-            raise ValueError(f"fqt::scaled_mm: {name} must have shape ({' or '.join(map(str, sizes))},), got {tuple(t.shape)}")
+            raise ValueError(
+                f"fqt::scaled_mm: {name} must have shape ({' or '.join(map(str, sizes))},), got {tuple(t.shape)}"
+            )
     if (a_offset is not None and b_sum is None) or (b_offset is not None and a_sum is None):
         raise ValueError("fqt::scaled_mm: an offset on one side needs the sum of the codes of the other")
     scales = [None if t is None else t.contiguous() for t in (a_scale, a_offset, b_scale, b_offset)]
     sums = [None if t is None else t.contiguous() for t in (a_sum, b_sum, bias)]
-    return product(Operand(a, scales[0], scales[1], sums[0]), Operand(b, scales[2], scales[3], sums[1]), sums[2], out_dtype)
+    return product(
+        Operand(a, scales[0], scales[1], sums[0]), Operand(b, scales[2], scales[3], sums[1]), sums[2], out_dtype
+    )
 
 
 @scaled_mm.register_fake
@@ -275,8 +296,11 @@ def linear(
     w = QTensor(w_q, w_qt, w_scale, w_offset, w_row_sum, w_col_sum)
     y = product(xq.rows(), w.rows(), bias, out_dtype)
     if not save_x:
-        return y, x.new_empty(0, dtype=torch.int8), *(x.new_empty(0, dtype=w_scale.dtype) for _ in range(2)), x.new_empty(
-            0, dtype=torch.int32
+        return (
+            y,
+            x.new_empty(0, dtype=torch.int8),
+            *(x.new_empty(0, dtype=w_scale.dtype) for _ in range(2)),
+            x.new_empty(0, dtype=torch.int32),
         )
     return y, xq.qt, xq.scale, _or_empty(xq.offset, xq.scale), _or_empty(xq.col_sum, x.new_empty(0, dtype=torch.int32))
 
@@ -363,9 +387,7 @@ def _backward(ctx, dy, *_):
     saved = ctx.saved_tensors  # once: under activation checkpointing each reading recomputes
     if (need_x and saved[4] is None) or (need_w and not ctx.save_x):
         raise RuntimeError("fqt::linear: a gradient is asked for that nothing was saved for (save_x, w_qt)")
-    dx, dw, dbias = linear_backward(
-        dy, *saved, ctx.rng, rng.rank(), ctx.recipe, *ctx.dtypes, need_x, need_w, need_bias
-    )
+    dx, dw, dbias = linear_backward(dy, *saved, ctx.rng, rng.rank(), ctx.recipe, *ctx.dtypes, need_x, need_w, need_bias)
     if torch.is_grad_enabled():  # create_graph=True
         dx, dw, dbias = _NoSecondDerivative.apply(dy.new_empty(0, requires_grad=True), dx, dw, dbias)
     return (dx if need_x else None, dw if need_w else None, dbias if need_bias else None, *(None,) * 10)

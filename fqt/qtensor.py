@@ -10,8 +10,8 @@ from torch import Tensor
 class Operand(NamedTuple):
     """One side of a matrix product `A Bᵀ`: (R, K) int8 codes whose last dimension is contracted, and what goes with them.
 
-    scale (R or 1,) and offset (R or 1,) are those of the rows, None for 1 and for 0; sum (R,) int32 is the sum of each row's codes, needed
-    only where the other side has an offset.
+    scale (R or 1,) and offset (R or 1,) are those of the rows, None for 1 and for 0; sum (R,) int32 is the sum of each
+    row's codes, needed only where the other side has an offset.
     """
 
     q: Tensor
@@ -43,8 +43,12 @@ class QTensor(NamedTuple):
 
     def rows(self) -> Operand:
         """As an operand whose contracted dimension is the columns. The scale must not vary along them."""
-        return Operand(self.q, self.scale.flatten(), None if self.offset is None else self.offset.flatten(), self.row_sum)
+        return Operand(
+            self.q, self.scale.flatten(), None if self.offset is None else self.offset.flatten(), self.row_sum
+        )
 
     def cols(self) -> Operand:
         """As an operand whose contracted dimension is the rows: the transposed codes."""
-        return Operand(self.qt, self.scale.flatten(), None if self.offset is None else self.offset.flatten(), self.col_sum)
+        return Operand(
+            self.qt, self.scale.flatten(), None if self.offset is None else self.offset.flatten(), self.col_sum
+        )

@@ -185,7 +185,7 @@ def _statquant(dgrad: Quantizer) -> Recipe:
     return dataclasses.replace(qat, dgrad=dgrad, wgrad=Quantizer(8, "per_tensor", "grid", "stochastic"))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _named() -> dict[str, Recipe]:
     named = {"exact": Recipe.exact(), "qat8": Recipe.qat(8), "int8": Recipe.int8()}
     for bits in range(8, 1, -1):
@@ -193,7 +193,7 @@ def _named() -> dict[str, Recipe]:
     return named
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _names() -> dict[Recipe, str]:
     return {recipe: name for name, recipe in _named().items()}
 

@@ -79,7 +79,7 @@ def test_a_refused_gpu_raises_and_names_the_way_out(monkeypatch):
 
     refused = Problem("quantize", 4, 4, **{**H100, "arch": "sm103"})
     monkeypatch.setattr(ops, "problem", lambda *a, **k: refused)
-    with pytest.raises(RuntimeError, match="sm_103.*bf16"):
+    with pytest.raises(RuntimeError, match=r"sm_103.*bf16"):
         fqt.ops.quantize(torch.randn(4, 4), 8, "per_row", "symmetric", "nearest")
 
 
@@ -88,7 +88,9 @@ def test_docstring_examples_hold():
 
 
 def test_importing_fqt_imports_neither_torch_nor_triton():
-    code = "import sys, fqt; assert 'torch' not in sys.modules and 'triton' not in sys.modules; fqt.Recipe.parse('psq5')"
+    code = (
+        "import sys, fqt; assert 'torch' not in sys.modules and 'triton' not in sys.modules; fqt.Recipe.parse('psq5')"
+    )
     code += "; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 

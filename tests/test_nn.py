@@ -25,6 +25,12 @@ CUSTOM = Recipe(
 )
 
 
+@pytest.fixture(autouse=True)
+def _on_device(device):
+    with torch.device(device):
+        yield
+
+
 def layer(recipe, n=24, k=40, dtype=torch.float64, bias=True):
     return fqt.nn.Linear(k, n, bias=bias, dtype=dtype, recipe=recipe)
 
@@ -102,10 +108,10 @@ def test_exact_is_nn_linear_bit_for_bit():
 
 
 @pytest.mark.parametrize("recipe", ["int8", "ptq5", "psq3", "bhq4"])
-def test_kernels_and_reference_give_the_same_layer(recipe, device):
+def test_kernels_and_reference_give_the_same_layer(recipe):
     """Forward and backward through the kernels (interpreter or GPU) and through plain torch: the same bits in float32."""
-    module = layer(recipe, n=33, k=50, dtype=torch.float32).to(device)
-    x, dy = torch.randn(21, 50, device=device), torch.randn(21, 33, device=device)
+    module = layer(recipe, n=33, k=50, dtype=torch.float32)
+    x, dy = torch.randn(21, 50), torch.randn(21, 33)
     with fqt.backend("reference"):
         fqt.set_step(3)
         expected = gradients(module, x, dy)
@@ -159,10 +165,10 @@ def test_dtypes_are_those_of_nn_linear(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("recipe", ["int8", "psq8", "bhq8", "qat8"])
-def test_autocast_gives_the_dtypes_of_nn_linear_and_exact_integer_products(recipe, dtype):
+def test_autocast_gives_the_dtypes_of_nn_linear_and_exact_integer_products(recipe, dtype, device):
     module, plain = layer(recipe, k=3000, dtype=torch.float32), nn.Linear(3000, 24)
     x = torch.randn(4, 3000, dtype=dtype, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         y, y_plain = module(x), plain(x)
         y.sum().backward()
     assert (y.dtype, x.grad.dtype, module.weight.grad.dtype) == (y_plain.dtype, dtype, torch.float32)
@@ -405,15 +411,21 @@ def test_state_dict_both_ways_and_weights_only():
     assert torch.equal(module.weight, plain.weight)
 
 
-def test_meta_construction_then_to_empty_then_reset_gives_a_working_stream():
-    module = fqt.nn.Linear(40, 24, device="meta", recipe="psq4")
-    assert module(torch.randn(3, 40, device="meta")).shape == (3, 24)
-    module.to_empty(device="cpu")
-    module._fqt_rng.fill_(-1)
-    module.reset_parameters()
-    assert module._fqt_rng[1] == 0
-    module(torch.randn(3, 40)).sum().backward()
-    assert module._fqt_rng[1] == 1
+def test_a_layer_built_on_meta_gets_the_stream_it_would_have_had(device):
+    """Whether it is materialized by to_empty() or by load_state_dict(assign=True)."""
+    plain = nn.Sequential(nn.Linear(40, 24))
+    fqt.quantize_(plain, "psq4")
+    for assign in (False, True):
+        module = nn.Sequential(nn.Linear(40, 24, device="meta"))
+        fqt.quantize_(module, "psq4")
+        assert module(torch.randn(3, 40, device="meta")).shape == (3, 24)
+        if not assign:
+            module.to_empty(device=device)
+        module.load_state_dict(plain.state_dict(), strict=True, assign=assign)
+        module.to(device)
+        assert torch.equal(module[0]._fqt_rng.cpu(), plain[0]._fqt_rng.cpu())
+        module(torch.randn(3, 40, device=device)).sum().backward()
+        assert module[0]._fqt_rng[1] == 1
 
 
 def test_checkpointing_gives_the_same_gradients():
@@ -443,10 +455,10 @@ def test_gradients_accumulate_and_a_retained_graph_draws_fresh_bits():
     assert module._fqt_rng[1] == 2
 
 
-def test_grad_scaler_skips_an_overflowing_step():
+def test_grad_scaler_skips_an_overflowing_step(device):
     module = layer("int8", dtype=torch.float32)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler = torch.amp.GradScaler(device, init_scale=4.0)
     before = module.weight.clone()
     scaler.scale(module(torch.full((2, 40), 1e38)).mul(1e38).sum()).backward()
     scaler.step(optimizer)

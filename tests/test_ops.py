@@ -33,7 +33,24 @@ def backward_arguments(recipe, dy, forward, needs=(True, True, True)):
     _, x_qt, x_scale, x_offset, x_sum = ops.linear(*forward)
     w_qt, w_scale, w_offset, w_sum = forward[4], forward[5], forward[6], forward[8]
     f32 = torch.float32
-    return (dy, x_qt, x_scale, x_offset, x_sum, w_qt, w_scale, w_offset, w_sum, forward[9], 0, forward[10], f32, f32, f32, *needs)
+    return (
+        dy,
+        x_qt,
+        x_scale,
+        x_offset,
+        x_sum,
+        w_qt,
+        w_scale,
+        w_offset,
+        w_sum,
+        forward[9],
+        0,
+        forward[10],
+        f32,
+        f32,
+        f32,
+        *needs,
+    )
 
 
 @pytest.mark.parametrize(
@@ -66,7 +83,9 @@ def test_linear_passes_opcheck(recipe, m, device):
     for x_grad, b in itertools.product((True, False), (bias, None)):
         x = torch.randn(m, 9, device=device, requires_grad=x_grad)
         opcheck(ops.linear, linear_arguments(recipe, x, w, b))
-    opcheck(ops.linear, linear_arguments(recipe, torch.randn(m, 9, device=device), w.detach(), bias.detach(), save=False))
+    opcheck(
+        ops.linear, linear_arguments(recipe, torch.randn(m, 9, device=device), w.detach(), bias.detach(), save=False)
+    )
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -170,3 +189,19 @@ def test_a_gradient_that_nothing_was_saved_for_is_an_error():
 def test_product_without_scale_is_scale_one():
     a = Operand(torch.ones(2, 3, dtype=torch.int8), torch.ones(1), None, None)
     assert torch.equal(ops.product(a, a._replace(scale=None)), torch.full((2, 2), 3.0))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_nothing_waits_for_the_device(recipe):
+    """Forward and backward in plain torch never read a value on the host: fake tensors have none to give."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    r = Recipe.parse(recipe)
+    with FakeTensorMode():
+        x, w, dy = torch.empty(200, 9), torch.empty(4, 9), torch.empty(200, 4)
+        random = {"rng": torch.zeros(2, dtype=torch.int64), "rank": 0}
+        xq = reference.quantize(x, r.x, cols=True, sums=True)
+        wq = reference.quantize(w, r.w, cols=True, sums=True)
+        assert ops.product(xq.rows(), wq.rows()).shape == (200, 4)
+        assert ops.input_gradient(dy, wq, r, torch.float32, **random).shape == (200, 9)
+        assert ops.weight_gradient(dy, xq, r, torch.float32, **random).shape == (4, 9)

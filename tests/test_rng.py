@@ -83,7 +83,9 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(tmp_path):
     fqt.manual_seed(3)
     for i in range(3):
         step(net, optimizer, i)
-    torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict(), "fqt": fqt.get_rng_state(net)}, tmp_path / "c")
+    torch.save(
+        {"model": net.state_dict(), "optimizer": optimizer.state_dict(), "fqt": fqt.get_rng_state(net)}, tmp_path / "c"
+    )
     for i in range(3, 6):
         step(net, optimizer, i)
 
@@ -146,7 +148,9 @@ def run_distributed(body: str, world: int = 2) -> None:
         env = {**os.environ, "STORE": f"{folder}/store", "WORLD_SIZE": str(world)}
         env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
         processes = [
-            subprocess.Popen([sys.executable, "-c", script], env={**env, "RANK": str(r)}, stderr=subprocess.PIPE, text=True)
+            subprocess.Popen(
+                [sys.executable, "-c", script], env={**env, "RANK": str(r)}, stderr=subprocess.PIPE, text=True
+            )
             for r in range(world)
         ]
         errors = [p.communicate(timeout=240)[1] for p in processes]

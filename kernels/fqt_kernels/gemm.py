@@ -107,8 +107,8 @@ def scaled_mm(
     """Launch C = A Bᵀ for a (M, K) and b (N, K) int8 whose last stride is 1; M, N ≥ 1, K ≥ 0. Where K or a row's
     stride is no multiple of 16, the codes are copied first, padded with zeros.
 
-    a_scale (M or 1,), b_scale (N or 1,) or None for 1, a_offset like a_scale, b_offset (1,), all float32; a_sum (M,) and b_sum (N,)
-    int32, the row sums of the codes, needed where the other side has an offset; bias (N,) of any floating dtype.
+    a_scale (M or 1,), b_scale (N or 1,) or None for 1, a_offset like a_scale, b_offset (1,), all float32; a_sum (M,) and
+    b_sum (N,) int32, the row sums of the codes, needed where the other side has an offset; bias (N,) of any floating dtype.
     """
     (m, terms), n = a.shape, b.shape[0]
     a, b = _aligned(a), _aligned(b)
@@ -117,7 +117,8 @@ def scaled_mm(
     block_m, block_n, block_k, warps, stages = config
     _scaled_mm_kernel[(triton.cdiv(m, block_m) * triton.cdiv(n, block_n),)](
         a, b, c, a_scale, b_scale, a_offset, b_offset, a_sum, b_sum, bias,
-        m, n, k, terms, a.stride(0), b.stride(0), n, int(a_scale.numel() > 1), int(b_scale is not None and b_scale.numel() > 1),
+        m, n, k, terms, a.stride(0), b.stride(0), n,
+        int(a_scale.numel() > 1), int(b_scale is not None and b_scale.numel() > 1),
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=GROUP_M,
         EVEN_K=k % block_k == 0, FLUSH=0 if k <= MAX_INT32_TERMS else MAX_INT32_TERMS // block_k,
         num_warps=warps, num_stages=stages, enable_fp_fusion=False,
@@ -126,5 +127,7 @@ def scaled_mm(
 
 
 def _aligned(q: torch.Tensor) -> torch.Tensor:
-    """q (R, K), zero columns appended until rows are whole multiples of 16 bytes: narrower loads cost far more than a copy."""
-    return q if q.shape[1] % 16 == 0 and q.stride(0) % 16 == 0 else torch.nn.functional.pad(q, (0, -q.shape[1] % 16)).contiguous()
+    """q (R, K), with zero columns up to a multiple of 16: loads narrower than 16 bytes cost far more than this copy."""
+    if q.shape[1] % 16 == 0 and q.stride(0) % 16 == 0:
+        return q
+    return torch.nn.functional.pad(q, (0, -q.shape[1] % 16)).contiguous()

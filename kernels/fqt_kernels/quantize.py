@@ -219,7 +219,9 @@ def quantize(
     flags = dict(BITS=bits, ZERO=ZERO[zero], STOCHASTIC=rng is not None, enable_fp_fusion=False)
     block = rows_block(m, n, cols) if granularity == "per_row" and single_read is not False else None
     if single_read and block is None:
-        raise ValueError(f"a single read needs per_row and rows that fit in registers, got {granularity}, {tuple(x.shape)}")
+        raise ValueError(
+            f"a single read needs per_row and rows that fit in registers, got {granularity}, {tuple(x.shape)}"
+        )
     if block is not None:
         warps = 8 if block[0] * block[1] > 4096 else 4
         _rows_kernel[(triton.cdiv(m, block[0]),)](
