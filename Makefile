@@ -21,11 +21,14 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# On a machine with a GPU, with the torch, Triton, pytest and hypothesis of the python3 at hand; no network.
+# On a machine with a GPU, with the torch, Triton, pytest and hypothesis of the python3 at hand; no network. All three
+# parts run even if one fails: the GPU may be gone tomorrow.
+gpu: export PYTHONPATH := .:kernels
 gpu:
-	PYTHONPATH=.:kernels $(PYTHON) -m fqt doctor
-	PYTHONPATH=.:kernels $(PYTHON) -m pytest -q
-	PYTHONPATH=.:kernels $(PYTHON) -m bench.gpu
+	@failed=0; \
+	for part in "fqt doctor" "pytest -q" "bench.gpu"; do \
+		echo "== $(PYTHON) -m $$part"; $(PYTHON) -m $$part || failed=1; \
+	done; exit $$failed
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -138,12 +138,17 @@ def dequantize_(model: nn.Module) -> nn.Module:
     return model
 
 
-def explain(layer: nn.Module, x: Tensor) -> str:
-    """Which backend and configuration each operator of a layer gets for an input, and why. Prints nothing.
+def explain(layer: nn.Module, x: Tensor) -> None:
+    """Print which backend and configuration each operator of a layer gets for an input, and why; nothing is run.
 
     Raises:
         TypeError: layer is not quantized.   ValueError: x does not fit the layer.
     """
+    print(explanation(layer, x))
+
+
+def explanation(layer: nn.Module, x: Tensor) -> str:
+    """What `explain` prints."""
     if not isinstance(layer, Linear):
         raise TypeError(f"explain takes a fqt.nn.Linear, got {type(layer).__name__}")
     if x.dim() == 0 or x.shape[-1] != layer.in_features:

@@ -89,11 +89,11 @@ def quantization_params(lo: Tensor, hi: Tensor, bits: int, zero: str) -> tuple[T
     if zero == "symmetric":
         z = i = nought
         amax = hi  # lo is -hi
-        scale = _at_least_tiny(amax / (shift - 1), amax)
+        scale = _at_least_tiny(_divide(amax, shift - 1), amax)
         scale = torch.where(amax == 0, torch.ones_like(scale), scale)
     elif zero == "min":
         z, i = lo, nought
-        scale = _at_least_tiny((hi - lo) / (2 * shift - 1), hi - lo)
+        scale = _at_least_tiny(_divide(hi - lo, 2 * shift - 1), hi - lo)
     else:
         # The comparisons are written so that a NaN stays.
         below = -torch.where(lo > 0, nought, lo)
@@ -103,8 +103,8 @@ def quantization_params(lo: Tensor, hi: Tensor, bits: int, zero: str) -> tuple[T
         i = torch.where(span == 0, nought, i)
         # Fewer negatives than half a bin of them: zero sits on code 1, and the bin is wide enough for both ends.
         narrow = (i == 0) & (below > 0)
-        scale = torch.where(i == 0, above / (2 * shift - 1), below / i)
-        scale = torch.where(narrow, torch.maximum(below, above / (2 * shift - 2)), scale)
+        scale = torch.where(i == 0, _divide(above, 2 * shift - 1), below / i)
+        scale = torch.where(narrow, torch.maximum(below, _divide(above, 2 * shift - 2)), scale)
         scale = _at_least_tiny(scale, span)
         scale = torch.where(span == 0, torch.ones_like(scale), scale)
         i = torch.where(narrow, torch.ones_like(i), i)
@@ -112,6 +112,11 @@ def quantization_params(lo: Tensor, hi: Tensor, bits: int, zero: str) -> tuple[T
     inv = torch.where(scale == 0, nought, 1.0 / scale)
     offset = z + (shift - i) * scale
     return scale, inv, z, i, offset
+
+
+def _divide(x: Tensor, n: int) -> Tensor:
+    """x / n, correctly rounded: on a GPU torch multiplies by the reciprocal where the divisor is a Python number."""
+    return x / torch.full_like(x, n)
 
 
 def _at_least_tiny(scale: Tensor, span: Tensor) -> Tensor:

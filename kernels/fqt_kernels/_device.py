@@ -79,7 +79,7 @@ def random_bits(key, step, stream, rows, blocks):
         nought + blocks.to(tl.uint32),
         nought + rows.to(tl.uint32),
         nought + step.to(tl.uint32),
-        nought + stream.to(tl.uint32),
+        nought + stream,  # an argument equal to 1 arrives as a constant, which has no .to()
         key.to(tl.uint32),
         (key >> 32).to(tl.uint32),
         7,

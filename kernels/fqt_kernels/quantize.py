@@ -31,8 +31,10 @@ GRANULARITY = {"per_tensor": PER_TENSOR, "per_row": PER_ROW, "per_column": PER_C
 ZERO = {"symmetric": SYMMETRIC, "grid": GRID, "min": MIN}
 LOWEST = -(2**31)  # below the ordered bits of every float: the range of nothing
 
-# (BLOCK_M, BLOCK_N, num_warps). Tiles: 128 contiguous bytes of int8 in either layout, and 16 elements a thread and array.
+# (BLOCK_M, BLOCK_N, num_warps). Tiles: at least 64 contiguous bytes of int8 in either layout, 32 elements a thread. Where
+# rows are not whole multiples of 16 elements every element has an address of its own: half as many, or registers spill.
 TILE = (128, 64, 8)
+UNALIGNED_TILE = (64, 64, 8)
 # Statistics: for contiguous rows a program reads long pieces of few rows, for contiguous columns the other way round.
 STATS = {"rows": (8, 512, 8), "cols": (128, 32, 8)}
 ROWS_MAX_ELEMENTS = 16384  # of one program of _rows_kernel: 64 float32 registers a thread with 8 warps
@@ -40,19 +42,22 @@ STATS_MIN_PROGRAMS = 512  # below this many, the reduced dimension is split too
 
 
 @triton.jit
-def _load(x_ptr, mul_ptr, offs_m, offs_n, M, N, stride_xm, stride_xn, stride_mm, stride_mn):
+def _load(x_ptr, mul_ptr, offs_m, offs_n, M, N, stride_xm, stride_xn, stride_mul, MUL_ROWS: tl.constexpr):
     """A tile of x ∘ multiplier in float32, 0 outside; offs_m [BLOCK_M, 1] and offs_n [1, BLOCK_N] are int64."""
     mask = (offs_m < M) & (offs_n < N)
     x = tl.load(x_ptr + offs_m * stride_xm + offs_n * stride_xn, mask=mask, other=0.0).to(tl.float32)
     if mul_ptr is not None:
-        x = x * tl.load(mul_ptr + offs_m * stride_mm + offs_n * stride_mn, mask=mask, other=0.0)
+        if MUL_ROWS:
+            x = x * tl.load(mul_ptr + offs_m * stride_mul, mask=offs_m < M, other=0.0)
+        else:
+            x = x * tl.load(mul_ptr + offs_n * stride_mul, mask=offs_n < N, other=0.0)
     return x, mask
 
 
 @triton.jit
 def _row_stats_kernel(
-    x_ptr, mul_ptr, stats_ptr, M, N, stride_xm, stride_xn, stride_mm, stride_mn, groups,
-    TENSOR: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
+    x_ptr, mul_ptr, stats_ptr, M, N, stride_xm, stride_xn, stride_mul, groups,
+    MUL_ROWS: tl.constexpr, TENSOR: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     # stats[0] gathers max ordered(x), stats[1] max ordered(-x); symmetric: stats[0] max ordered(|x|) alone.
     # Integer maxima do not depend on the order of the atomics, and a NaN is the largest of all.
@@ -64,7 +69,7 @@ def _row_stats_kernel(
     lo = tl.full((BLOCK_M, BLOCK_N), -2147483648, tl.int32)
     for tile in range(TILES):
         offs_n = (first + tile * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
-        x, mask = _load(x_ptr, mul_ptr, offs_m, offs_n, M, N, stride_xm, stride_xn, stride_mm, stride_mn)
+        x, mask = _load(x_ptr, mul_ptr, offs_m, offs_n, M, N, stride_xm, stride_xn, stride_mul, MUL_ROWS)
         if SYMMETRIC:
             hi = tl.maximum(hi, tl.where(mask, ordered(tl.abs(x)), -2147483648))
         else:
@@ -109,11 +114,11 @@ def _store(q_ptr, qt_ptr, row_sum_ptr, col_sum_ptr, q, mask, offs_m, offs_n, M, 
         tl.atomic_add(col_sum_ptr + offs_n, tl.sum(q, 0, keep_dims=True), mask=offs_n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stream"])
 def _tile_kernel(
     x_ptr, mul_ptr, stats_ptr, rng_ptr, q_ptr, qt_ptr, scale_ptr, offset_ptr, row_sum_ptr, col_sum_ptr,
-    M, N, stride_xm, stride_xn, stride_mm, stride_mn, groups, stream,
-    GRANULARITY: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, STOCHASTIC: tl.constexpr,
+    M, N, stride_xm, stride_xn, stride_mul, groups, stream,
+    MUL_ROWS: tl.constexpr, GRANULARITY: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, STOCHASTIC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     num_n = tl.cdiv(N, BLOCK_N)
@@ -121,7 +126,7 @@ def _tile_kernel(
     pid_n = (tl.program_id(0) % num_n).to(tl.int64)
     offs_m = (pid_m * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
     offs_n = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
-    x, mask = _load(x_ptr, mul_ptr, offs_m, offs_n, M, N, stride_xm, stride_xn, stride_mm, stride_mn)
+    x, mask = _load(x_ptr, mul_ptr, offs_m, offs_n, M, N, stride_xm, stride_xn, stride_mul, MUL_ROWS)
     if GRANULARITY == 0:
         group = tl.zeros((1, 1), tl.int64)
     elif GRANULARITY == 1:
@@ -143,15 +148,15 @@ def _tile_kernel(
             tl.store(offset_ptr + group, offset, mask=group < groups)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stream"])
 def _rows_kernel(
     x_ptr, mul_ptr, rng_ptr, q_ptr, qt_ptr, scale_ptr, offset_ptr, row_sum_ptr, col_sum_ptr,
-    M, N, stride_xm, stride_xn, stride_mm, stride_mn, stream,
-    BITS: tl.constexpr, ZERO: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    M, N, stride_xm, stride_xn, stride_mul, stream,
+    MUL_ROWS: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     offs_m = (tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
     offs_n = tl.arange(0, BLOCK_N).to(tl.int64)[None, :]
-    x, mask = _load(x_ptr, mul_ptr, offs_m, offs_n, M, N, stride_xm, stride_xn, stride_mm, stride_mn)
+    x, mask = _load(x_ptr, mul_ptr, offs_m, offs_n, M, N, stride_xm, stride_xn, stride_mul, MUL_ROWS)
     if ZERO == 0:
         hi = from_ordered(tl.max(tl.where(mask, ordered(tl.abs(x)), 0), 1, keep_dims=True))
         lo = -hi
@@ -190,7 +195,7 @@ def quantize(
     cols: bool = False,
     sums: bool = False,
     single_read: bool | None = None,
-    tile: tuple[int, int, int] = TILE,
+    tile: tuple[int, int, int] | None = None,
 ) -> tuple[torch.Tensor | None, ...]:
     """Launch the quantization of x (M, N), float32, float16 or bfloat16, any strides, M and N ≥ 1.
 
@@ -211,10 +216,8 @@ def quantize(
     offset = None if zero == "symmetric" else torch.empty_like(scale)
     row_sum = torch.zeros(m, dtype=torch.int32, device=dev) if sums and rows else None
     col_sum = torch.zeros(n, dtype=torch.int32, device=dev) if sums and cols else None
-    mul_strides = (0, 0)
-    if multiplier is not None:
-        mul_strides = (multiplier.stride(0) if m == multiplier.shape[0] and multiplier.shape[1] == 1 else 0,
-                       multiplier.stride(1) if n == multiplier.shape[1] and multiplier.shape[0] == 1 else 0)  # fmt: skip
+    mul_rows = multiplier is not None and multiplier.shape[1] == 1  # else it has one row
+    stride_mul = 0 if multiplier is None or multiplier.numel() == 1 else multiplier.stride(0 if mul_rows else 1)
     out = (q, qt, scale, offset, row_sum, col_sum)
     flags = dict(BITS=bits, ZERO=ZERO[zero], STOCHASTIC=rng is not None, enable_fp_fusion=False)
     block = rows_block(m, n, cols) if granularity == "per_row" and single_read is not False else None
@@ -225,29 +228,35 @@ def quantize(
     if block is not None:
         warps = 8 if block[0] * block[1] > 4096 else 4
         _rows_kernel[(triton.cdiv(m, block[0]),)](
-            x, multiplier, rng, *out, m, n, *x.stride(), *mul_strides, stream,
-            **flags, BLOCK_M=block[0], BLOCK_N=block[1], num_warps=warps,
+            x, multiplier, rng, *out, m, n, *x.stride(), stride_mul, stream,
+            MUL_ROWS=mul_rows, **flags, BLOCK_M=block[0], BLOCK_N=block[1], num_warps=warps,
         )  # fmt: skip
         return out
-    stats = row_stats(x, granularity, zero == "symmetric", multiplier, mul_strides)
-    block_m, block_n, warps = tile
+    stats = row_stats(x, granularity, zero == "symmetric", multiplier, stride_mul, mul_rows)
+    aligned = n % 16 == 0 and (m % 16 == 0 or not cols) and all(s == 1 or s % 16 == 0 for s in x.stride())
+    block_m, block_n, warps = tile or (TILE if aligned else UNALIGNED_TILE)
     _tile_kernel[(triton.cdiv(m, block_m) * triton.cdiv(n, block_n),)](
-        x, multiplier, stats, rng, *out, m, n, *x.stride(), *mul_strides, groups, stream,
-        GRANULARITY=GRANULARITY[granularity], **flags, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
+        x, multiplier, stats, rng, *out, m, n, *x.stride(), stride_mul, groups, stream,
+        MUL_ROWS=mul_rows, GRANULARITY=GRANULARITY[granularity], **flags, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
     )  # fmt: skip
     return out
 
 
 def row_stats(
-    x: torch.Tensor, granularity: str, symmetric: bool, multiplier: torch.Tensor | None, mul_strides: tuple[int, int]
+    x: torch.Tensor,
+    granularity: str,
+    symmetric: bool,
+    multiplier: torch.Tensor | None,
+    stride_mul: int = 0,
+    mul_rows: bool = False,
 ) -> torch.Tensor:
     """Launch the ranges of x ∘ multiplier: (2, groups) int32, ordered bits of the maximum and of minus the minimum.
 
     symmetric: (1, groups), of the absolute maximum. A group's range of no elements is LOWEST.
     """
-    (m, n), (xm, xn), (mm, mn) = x.shape, x.stride(), mul_strides
+    (m, n), (xm, xn) = x.shape, x.stride()
     if granularity == "per_column":  # the rows of the transposed view
-        m, n, xm, xn, mm, mn = n, m, xn, xm, mn, mm
+        m, n, xm, xn, mul_rows = n, m, xn, xm, not mul_rows
     groups = 1 if granularity == "per_tensor" else m
     stats = torch.full((1 if symmetric else 2, groups), LOWEST, dtype=torch.int32, device=x.device)
     block_m, block_n, warps = STATS["rows" if xn <= xm else "cols"]
@@ -255,8 +264,8 @@ def row_stats(
     tiles = min(max(num_m * num_n // STATS_MIN_PROGRAMS, 1), num_n)
     tiles = 1 << (tiles - 1).bit_length()  # a power of two: few variants to compile
     _row_stats_kernel[(num_m * triton.cdiv(num_n, tiles),)](
-        x, multiplier, stats, m, n, xm, xn, mm, mn, groups,
-        TENSOR=granularity == "per_tensor", SYMMETRIC=symmetric, BLOCK_M=block_m, BLOCK_N=block_n, TILES=tiles,
+        x, multiplier, stats, m, n, xm, xn, stride_mul, groups,
+        MUL_ROWS=mul_rows, TENSOR=granularity == "per_tensor", SYMMETRIC=symmetric, BLOCK_M=block_m, BLOCK_N=block_n, TILES=tiles,
         num_warps=warps,
     )  # fmt: skip
     return stats

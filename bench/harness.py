@@ -1,0 +1,287 @@
+"""Fair timing: candidates interleaved in one process, each checked before and after it is timed, raw samples kept.
+
+Nothing here touches a GPU: a `Timer` is passed in (`bench.cuda.CudaTimer` on a GPU, a fake one in the tests).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+import statistics
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+UNITS = {"TOPS": 1e12, "TFLOP/s": 1e12, "GB/s": 1e9}
+RESERVE_S = 5.0  # a candidate that has not been compiled is not started with less time left than this
+FIRST_LEAD_MS = 1.0  # head start of the host while it has not been timed
+MAX_LEAD_MS = 20.0
+
+
+class Wrong(Exception):
+    """A candidate's output is not what the reference says."""
+
+
+class Sample(NamedTuple):
+    """device_ms: between the two events. host_ms: to enqueue the work. starved: the device had to wait for the host."""
+
+    device_ms: float
+    host_ms: float
+    starved: bool
+
+
+class Timer(Protocol):
+    """What the harness needs of a device; `now` is a clock in seconds."""
+
+    def now(self) -> float: ...
+    def synchronize(self) -> None: ...
+    def sample(self, run: Callable[[], object], lead_ms: float) -> Sample: ...
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way of doing a case's work.
+
+    run(i) launches on input set i and returns its outputs. check(outputs, i) returns a remark such as "bit-equal", or
+    raises Wrong. ops and bytes: the operations and the bytes of memory traffic that the work needs at least, None where
+    no rate is to be quoted. ours: a failure of this one is a failure of the benchmark.
+    """
+
+    name: str
+    run: Callable[[int], Any]
+    check: Callable[[Any, int], str]
+    ops: float | None = None
+    bytes: float | None = None
+    ours: bool = True
+    prediction: str = ""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Candidates that are timed against each other on `sets` sets of inputs; unit is the rate that the table shows."""
+
+    suite: str
+    shape: str
+    unit: str
+    baseline: str
+    candidates: tuple[Candidate, ...]
+    sets: int = 2
+
+
+class Budget:
+    """A number of seconds by a timer's clock, from `start` on, or from now."""
+
+    def __init__(self, seconds: float, timer: Timer, start: float | None = None) -> None:
+        self.seconds, self._timer, self._start = seconds, timer, timer.now() if start is None else start
+
+    def spent(self) -> float:
+        return self._timer.now() - self._start
+
+    def left(self) -> float:
+        return self.seconds - self.spent()
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long a case is warmed up and sampled: whole rounds, until `rounds` or, after min_rounds, until limit_s."""
+
+    rounds: int = 100
+    min_rounds: int = 10
+    limit_s: float = 3.0
+    warm_up_s: float = 0.25
+    warm_up_rounds: int = 3
+
+
+def measure(case: Case, timer: Timer, budget: Budget, effort: Effort = Effort()) -> dict[str, Any]:
+    """Check, warm up, sample and check again every candidate of a case: plain values, ready for JSON.
+
+    Each round runs every candidate once, in an order of its own: drifts of clock or temperature reach all alike.
+    A verdict is "ok", "wrong", "error", "does not fit" or "skipped"; only "ok" comes with figures.
+    """
+    records = {c.name: _record(c) for c in case.candidates}
+    active = [c for c in case.candidates if _admit(c, case, timer, budget, records[c.name])]
+    samples: dict[str, list[Sample]] = {c.name: [] for c in active}
+    lead_ms = _warm_up(active, case, timer, effort, records)
+    start, done = timer.now(), 0
+    for order in orders(len(active), effort.rounds):
+        if done >= effort.min_rounds and (timer.now() - start > effort.limit_s or budget.left() <= 0):
+            break
+        for candidate in (active[i] for i in order):
+            if records[candidate.name]["verdict"] == "ok":
+                sample = _sample(candidate, done % case.sets, timer, lead_ms, records[candidate.name])
+                samples[candidate.name] += [sample] if sample else []
+        done += 1
+    for candidate in active:
+        if records[candidate.name]["verdict"] == "ok":
+            _try(candidate, 0, timer, records[candidate.name])
+    for candidate in active:
+        if records[candidate.name]["verdict"] == "ok":
+            records[candidate.name] |= figures(samples[candidate.name], candidate)
+    _add_ratios(records, case)
+    return {"suite": case.suite, "shape": case.shape, "unit": case.unit, "baseline": case.baseline, "rounds": done,
+            "sets": case.sets, "lead_ms": lead_ms, "candidates": list(records.values())}  # fmt: skip
+
+
+def orders(candidates: int, rounds: int, seed: int = 0) -> Iterator[list[int]]:
+    """For each round a permutation of the candidates."""
+    shuffle = random.Random(seed).shuffle
+    for _ in range(rounds):
+        order = list(range(candidates))
+        shuffle(order)
+        yield order
+
+
+# ---- figures
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Linear interpolation between the two nearest of the sorted values."""
+    ordered = sorted(values)
+    position = (len(ordered) - 1) * percent / 100
+    below = math.floor(position)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
+
+
+def figures(samples: Sequence[Sample], candidate: Candidate) -> dict[str, Any]:
+    """Median, p10 and p90 in ms, the rates that follow from the median, and the raw samples in the order taken."""
+    times = [s.device_ms for s in samples]
+    median = statistics.median(times)
+    return {
+        "ms": {"median": median, "p10": percentile(times, 10), "p90": percentile(times, 90), "n": len(times)},
+        "tops": None if candidate.ops is None else candidate.ops / median * 1e-9,
+        "gb_s": None if candidate.bytes is None else candidate.bytes / median * 1e-6,
+        "host_ms": statistics.median(s.host_ms for s in samples),
+        "starved": sum(s.starved for s in samples),
+        "samples_ms": times,
+    }
+
+
+def _add_ratios(records: dict[str, dict[str, Any]], case: Case) -> None:
+    """ "ratio": the rate, in the case's unit, over the baseline's in the same run; above 1 is faster."""
+    key = "gb_s" if case.unit == "GB/s" else "tops"
+    base = records[case.baseline].get(key)
+    for record in records.values():
+        rate = record.get(key)
+        if rate is not None and base is not None:
+            record["ratio"] = rate / base
+
+
+# ---- running a candidate
+
+
+def _record(candidate: Candidate) -> dict[str, Any]:
+    return {
+        "name": candidate.name,
+        "ours": candidate.ours,
+        "prediction": candidate.prediction,
+        "verdict": "ok",
+        "remark": "",
+    }
+
+
+def _admit(candidate: Candidate, case: Case, timer: Timer, budget: Budget, record: dict[str, Any]) -> bool:
+    """Compile and check a candidate on every input set; false, with the reason in its record, where it is not timed."""
+    if budget.left() < RESERVE_S:
+        record |= {"verdict": "skipped", "remark": f"{max(budget.left(), 0):.0f} s of {budget.seconds:.0f} s left"}
+        return False
+    print(f"bench: {budget.spent():5.1f} s  {case.suite} {case.shape}: {candidate.name}", file=sys.stderr, flush=True)
+    with poisoned_memory():
+        return all(_try(candidate, i, timer, record) for i in range(case.sets))
+
+
+def _try(candidate: Candidate, i: int, timer: Timer, record: dict[str, Any]) -> bool:
+    """Run once and check; false, and the verdict and reason in the record, where the candidate is wrong or raises."""
+    try:
+        out = candidate.run(i)
+        timer.synchronize()
+        record["remark"] = candidate.check(out, i)
+        return True
+    except Exception as error:
+        record |= _failure(error)
+        return False
+
+
+def _failure(error: Exception) -> dict[str, str]:
+    if isinstance(error, Wrong):
+        return {"verdict": "wrong", "remark": str(error)}
+    text = (str(error).strip() or "no message").splitlines()[0][:200]
+    if type(error).__name__ == "OutOfResources":  # Triton's: more shared memory than a block may have
+        return {"verdict": "does not fit", "remark": text}
+    return {"verdict": "error", "remark": f"{type(error).__name__}: {text}"}
+
+
+def _sample(candidate: Candidate, i: int, timer: Timer, lead_ms: float, record: dict[str, Any]) -> Sample | None:
+    try:
+        return timer.sample(lambda: candidate.run(i), lead_ms)
+    except Exception as error:
+        record |= _failure(error)
+        return None
+
+
+def _warm_up(
+    active: Sequence[Candidate], case: Case, timer: Timer, effort: Effort, records: dict[str, dict[str, Any]]
+) -> float:
+    """Run the candidates in turn for at least warm_up_s. Returns the lead: twice what the host needs to enqueue the
+    slowest one, the same for all, since a device that has idled longer is cooler."""
+    host: dict[str, list[float]] = {c.name: [] for c in active}
+    start, done = timer.now(), 0
+    while active and (done < effort.warm_up_rounds or timer.now() - start < effort.warm_up_s):
+        for candidate in active:
+            if records[candidate.name]["verdict"] == "ok":
+                sample = _sample(candidate, done % case.sets, timer, FIRST_LEAD_MS, records[candidate.name])
+                host[candidate.name] += [sample.host_ms] if sample else []
+        done += 1
+        if all(records[c.name]["verdict"] != "ok" for c in active):
+            break
+    return min(2 * max((statistics.median(ms) for ms in host.values() if ms), default=0.0) + 0.05, MAX_LEAD_MS)
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Within, torch.empty and its like hand out NaN and the largest integers, so that nothing unwritten goes unseen."""
+    before = torch.get_deterministic_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the mode warns of operators without a deterministic form
+        torch.set_deterministic_debug_mode("warn")
+        try:
+            yield
+        finally:
+            torch.set_deterministic_debug_mode(before)
+
+
+# ---- checks
+
+
+def check_equal(got: torch.Tensor, want: torch.Tensor, what: str = "output") -> str:
+    """The same bits; NaN is never right."""
+    if got.shape != want.shape or got.dtype != want.dtype:
+        raise Wrong(f"{what}: {got.dtype} {tuple(got.shape)} instead of {want.dtype} {tuple(want.shape)}")
+    if not torch.equal(got, want):
+        raise Wrong(f"{what}: {int((got != want).sum())} of {want.numel()} elements differ")
+    return "bit-equal"
+
+
+def check_rounded(got: torch.Tensor, want: torch.Tensor, what: str = "output") -> str:
+    """A bfloat16 `got` against a float32 `want`: equal after rounding, or within one unit in the last place, 2⁻⁷."""
+    if torch.equal(got, want.to(got.dtype)):
+        return "bit-equal"
+    if got.shape != want.shape or not bool(((got.float() - want).abs() <= 2.0**-7 * want.abs()).all()):
+        raise Wrong(f"{what}: not within one unit in the last place of {got.dtype}")
+    return "within 1 bf16 ulp"
+
+
+def check_near(got: torch.Tensor, want: torch.Tensor, bound: float, what: str = "output") -> str:
+    """‖got − want‖ ≤ bound · ‖want‖, in float64 sums."""
+    if got.shape != want.shape:
+        raise Wrong(f"{what}: shape {tuple(got.shape)} instead of {tuple(want.shape)}")
+    difference = (got.float() - want.float()).square().sum(dtype=torch.float64)
+    error = float((difference / want.float().square().sum(dtype=torch.float64)).sqrt())
+    if not error <= bound:
+        raise Wrong(f"{what}: relative error {error:.2g}, allowed {bound:.2g}")
+    return f"error {error:.1e}"
