@@ -30,11 +30,13 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: Tensor, k1: Tensor, rounds: int = 7) -> list[Tensor]:
     """Philox4x32: four 32-bit words for each 128-bit counter under a 64-bit key; words are int64 in [0, 2³²)."""
+    # Constants as tensors: with Python numbers each operation would convert them again.
+    m0, m1, w0, w1, low, half = map(torch.tensor, (0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85, _U32, 32))
     for _ in range(rounds):
         # An int64 product wraps modulo 2⁶⁴, which leaves both 32-bit halves right.
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = (p1 >> 32 & _U32) ^ c1 ^ k0, p1 & _U32, (p0 >> 32 & _U32) ^ c3 ^ k1, p0 & _U32
-        k0, k1 = k0 + 0x9E3779B9 & _U32, k1 + 0xBB67AE85 & _U32
+        p0, p1 = c0 * m0, c2 * m1
+        c0, c1, c2, c3 = (p1 >> half & low) ^ c1 ^ k0, p1 & low, (p0 >> half & low) ^ c3 ^ k1, p0 & low
+        k0, k1 = k0 + w0 & low, k1 + w1 & low
     return [c0, c1, c2, c3]
 
 
@@ -156,7 +158,7 @@ def quantize(
     lo, hi = _range(y, quantizer)
     scale, inv, z, i, offset = quantization_params(lo, hi, quantizer.bits, quantizer.zero)
     y = (y - z) * inv + i
-    y = torch.where(y == y, y, torch.zeros_like(y))  # NaN has no code; the scale carries it
+    y = y.nan_to_num(0.0)  # NaN has no code; the scale carries it
     bits = random_bits(rng, m, n, stream=stream, rank=rank) if quantizer.rounding == "stochastic" else None
     q = round_codes(y, quantizer.rounding, bits)
     shift = 2 ** (quantizer.bits - 1)
