@@ -122,3 +122,23 @@ def tile_ids(pid, num_m, num_n, GROUP_M: tl.constexpr):
     first_m = (pid // width) * GROUP_M
     size_m = tl.minimum(num_m - first_m, GROUP_M)
     return first_m + (pid % width) % size_m, (pid % width) // size_m
+
+
+@triton.jit
+def tile_offsets(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr):
+    """Rows [BLOCK_M, 1] and columns [1, BLOCK_N] within a tile, int32 unless WIDE.
+
+    A tile's corner is one 64-bit address; an element needs 64 bits of its own only where rows lie very far apart. With
+    an int64 offset for each element, unaligned tiles run out of registers.
+    """
+    m = tl.arange(0, BLOCK_M)[:, None]
+    n = tl.arange(0, BLOCK_N)[None, :]
+    if WIDE:
+        m = m.to(tl.int64)
+        n = n.to(tl.int64)
+    return m, n
+
+
+def is_wide(*spans: int) -> bool:
+    """Whether a tile that spans so many elements of memory needs int64 offsets. Runs on the host."""
+    return max(map(abs, spans)) >= 2**31

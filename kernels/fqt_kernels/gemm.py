@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._device import tile_ids
+from ._device import is_wide, tile_ids, tile_offsets
 
 MAX_INT32_TERMS = 131_071
 
@@ -30,7 +30,7 @@ def _scaled_mm_kernel(
     a_ptr, b_ptr, c_ptr, a_scale_ptr, b_scale_ptr, a_offset_ptr, b_offset_ptr, a_sum_ptr, b_sum_ptr, bias_ptr,
     M, N, K, terms, stride_am, stride_bn, stride_cm, stride_sa, stride_sb,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    EVEN_K: tl.constexpr, FLUSH: tl.constexpr,
+    EVEN_K: tl.constexpr, FLUSH: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     pid_m, pid_n = tile_ids(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -69,7 +69,9 @@ def _scaled_mm_kernel(
         out += tl.load(b_offset_ptr) * sa * row
     if bias_ptr is not None:
         out += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)[None, :].to(tl.float32)
-    c_ptrs = c_ptr + offs_m[:, None] * stride_cm + offs_n[None, :]
+    c_tile = c_ptr + pid_m.to(tl.int64) * BLOCK_M * stride_cm + pid_n * BLOCK_N
+    tile_m, tile_n = tile_offsets(BLOCK_M, BLOCK_N, WIDE)
+    c_ptrs = c_tile + (tile_m * stride_cm + tile_n)
     tl.store(c_ptrs, out.to(c_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
 
@@ -121,7 +123,7 @@ def scaled_mm(
         int(a_scale.numel() > 1), int(b_scale is not None and b_scale.numel() > 1),
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=GROUP_M,
         EVEN_K=k % block_k == 0, FLUSH=0 if k <= MAX_INT32_TERMS else MAX_INT32_TERMS // block_k,
-        num_warps=warps, num_stages=stages, enable_fp_fusion=False,
+        WIDE=is_wide(block_m * n), num_warps=warps, num_stages=stages, enable_fp_fusion=False,
     )  # fmt: skip
     return c
 

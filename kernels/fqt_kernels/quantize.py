@@ -19,11 +19,13 @@ from ._device import (
     PER_TENSOR,
     SYMMETRIC,
     from_ordered,
+    is_wide,
     ordered,
     quantization_params,
     random_bits,
     round_nearest,
     round_stochastic,
+    tile_offsets,
     to_codes,
 )
 
@@ -42,34 +44,41 @@ STATS_MIN_PROGRAMS = 512  # below this many, the reduced dimension is split too
 
 
 @triton.jit
-def _load(x_ptr, mul_ptr, offs_m, offs_n, M, N, stride_xm, stride_xn, stride_mul, MUL_ROWS: tl.constexpr):
-    """A tile of x ∘ multiplier in float32, 0 outside; offs_m [BLOCK_M, 1] and offs_n [1, BLOCK_N] are int64."""
-    mask = (offs_m < M) & (offs_n < N)
-    x = tl.load(x_ptr + offs_m * stride_xm + offs_n * stride_xn, mask=mask, other=0.0).to(tl.float32)
+def _load(x_ptr, mul_ptr, first_m, first_n, M, N, stride_xm, stride_xn, stride_mul,
+          MUL_ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """The tile of x ∘ multiplier at (first_m, first_n), int64, in float32, 0 outside; and its masks of rows and columns."""
+    m, n = tile_offsets(BLOCK_M, BLOCK_N, WIDE)
+    mask_m = m < M - first_m
+    mask_n = n < N - first_n
+    corner = x_ptr + first_m * stride_xm + first_n * stride_xn
+    x = tl.load(corner + (m * stride_xm + n * stride_xn), mask=mask_m & mask_n, other=0.0).to(tl.float32)
     if mul_ptr is not None:
         if MUL_ROWS:
-            x = x * tl.load(mul_ptr + offs_m * stride_mul, mask=offs_m < M, other=0.0)
+            x = x * tl.load(mul_ptr + (first_m + m) * stride_mul, mask=mask_m, other=0.0)
         else:
-            x = x * tl.load(mul_ptr + offs_n * stride_mul, mask=offs_n < N, other=0.0)
-    return x, mask
+            x = x * tl.load(mul_ptr + (first_n + n) * stride_mul, mask=mask_n, other=0.0)
+    return x, mask_m, mask_n
 
 
 @triton.jit
 def _row_stats_kernel(
     x_ptr, mul_ptr, stats_ptr, M, N, stride_xm, stride_xn, stride_mul, groups,
-    MUL_ROWS: tl.constexpr, TENSOR: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
+    MUL_ROWS: tl.constexpr, TENSOR: tl.constexpr, SYMMETRIC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     # stats[0] gathers max ordered(x), stats[1] max ordered(-x); symmetric: stats[0] max ordered(|x|) alone.
     # Integer maxima do not depend on the order of the atomics, and a NaN is the largest of all.
     num_m = tl.cdiv(M, BLOCK_M)
-    pid_m = tl.program_id(0) % num_m
-    first = (tl.program_id(0) // num_m).to(tl.int64) * (TILES * BLOCK_N)
-    offs_m = (pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    first_m = (tl.program_id(0) % num_m).to(tl.int64) * BLOCK_M
+    first_n = (tl.program_id(0) // num_m).to(tl.int64) * (TILES * BLOCK_N)
     hi = tl.full((BLOCK_M, BLOCK_N), -2147483648, tl.int32)
     lo = tl.full((BLOCK_M, BLOCK_N), -2147483648, tl.int32)
     for tile in range(TILES):
-        offs_n = (first + tile * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
-        x, mask = _load(x_ptr, mul_ptr, offs_m, offs_n, M, N, stride_xm, stride_xn, stride_mul, MUL_ROWS)
+        x, mask_m, mask_n = _load(
+            x_ptr, mul_ptr, first_m, first_n + tile * BLOCK_N, M, N, stride_xm, stride_xn, stride_mul,
+            MUL_ROWS, BLOCK_M, BLOCK_N, WIDE,
+        )  # fmt: skip
+        mask = mask_m & mask_n
         if SYMMETRIC:
             hi = tl.maximum(hi, tl.where(mask, ordered(tl.abs(x)), -2147483648))
         else:
@@ -80,69 +89,74 @@ def _row_stats_kernel(
         if not SYMMETRIC:
             tl.atomic_max(stats_ptr + 1, tl.max(tl.max(lo, 1), 0))
     else:
-        rows = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        rows = first_m + tl.arange(0, BLOCK_M)
         tl.atomic_max(stats_ptr + rows, tl.max(hi, 1), mask=rows < M)
         if not SYMMETRIC:
             tl.atomic_max(stats_ptr + groups + rows, tl.max(lo, 1), mask=rows < M)
 
 
 @triton.jit
-def _codes(x, mask, lo, hi, rng_ptr, stream, offs_m, start_n, BITS: tl.constexpr, ZERO: tl.constexpr,
-           STOCHASTIC: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+def _codes(x, mask, lo, hi, rng_ptr, stream, first_m, first_n, BITS: tl.constexpr, ZERO: tl.constexpr,
+           STOCHASTIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """Codes of a tile (0 outside the mask, so that their sums are right), and the scale and offset of its groups."""
     scale, inv, z, i, offset = quantization_params(lo, hi, BITS, ZERO)
     y = (x - z) * inv + i
     y = tl.where(y == y, y, 0.0)  # NaN has no code; the scale carries it
     if STOCHASTIC:
-        blocks = (start_n // 8 + tl.arange(0, BLOCK_N // 8))[None, :]
-        y = round_stochastic(y, random_bits(tl.load(rng_ptr), tl.load(rng_ptr + 1), stream, offs_m, blocks))
+        rows = (first_m + tl.arange(0, BLOCK_M))[:, None]
+        blocks = (first_n // 8 + tl.arange(0, BLOCK_N // 8))[None, :]
+        y = round_stochastic(y, random_bits(tl.load(rng_ptr), tl.load(rng_ptr + 1), stream, rows, blocks))
     else:
         y = round_nearest(y)
     return tl.where(mask, to_codes(y, BITS, ZERO), 0), scale, offset
 
 
 @triton.jit
-def _store(q_ptr, qt_ptr, row_sum_ptr, col_sum_ptr, q, mask, offs_m, offs_n, M, N):
+def _store(q_ptr, qt_ptr, row_sum_ptr, col_sum_ptr, q, mask_m, mask_n, first_m, first_n, M, N,
+           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
     """Write a tile of codes row-major and transposed, and add its sums; a None pointer asks for nothing."""
+    m, n = tile_offsets(BLOCK_M, BLOCK_N, WIDE)
     if q_ptr is not None:
-        tl.store(q_ptr + offs_m * N + offs_n, q.to(tl.int8), mask=mask)
+        tl.store(q_ptr + (first_m * N + first_n) + (m * N + n), q.to(tl.int8), mask=mask_m & mask_n)
     if qt_ptr is not None:
-        tl.store(qt_ptr + offs_n * M + offs_m, q.to(tl.int8), mask=mask)
+        tl.store(qt_ptr + (first_n * M + first_m) + (n * M + m), q.to(tl.int8), mask=mask_m & mask_n)
     if row_sum_ptr is not None:
-        tl.atomic_add(row_sum_ptr + offs_m, tl.sum(q, 1, keep_dims=True), mask=offs_m < M)
+        tl.atomic_add(row_sum_ptr + first_m + m, tl.sum(q, 1, keep_dims=True), mask=mask_m)
     if col_sum_ptr is not None:
-        tl.atomic_add(col_sum_ptr + offs_n, tl.sum(q, 0, keep_dims=True), mask=offs_n < N)
+        tl.atomic_add(col_sum_ptr + first_n + n, tl.sum(q, 0, keep_dims=True), mask=mask_n)
 
 
 @triton.jit(do_not_specialize=["stream"])
 def _tile_kernel(
     x_ptr, mul_ptr, stats_ptr, rng_ptr, q_ptr, qt_ptr, scale_ptr, offset_ptr, row_sum_ptr, col_sum_ptr,
     M, N, stride_xm, stride_xn, stride_mul, groups, stream,
-    MUL_ROWS: tl.constexpr, GRANULARITY: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, STOCHASTIC: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    MUL_ROWS: tl.constexpr, GRANULARITY: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr,
+    STOCHASTIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     num_n = tl.cdiv(N, BLOCK_N)
-    pid_m = (tl.program_id(0) // num_n).to(tl.int64)
-    pid_n = (tl.program_id(0) % num_n).to(tl.int64)
-    offs_m = (pid_m * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
-    offs_n = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
-    x, mask = _load(x_ptr, mul_ptr, offs_m, offs_n, M, N, stride_xm, stride_xn, stride_mul, MUL_ROWS)
+    first_m = (tl.program_id(0) // num_n).to(tl.int64) * BLOCK_M
+    first_n = (tl.program_id(0) % num_n).to(tl.int64) * BLOCK_N
+    x, mask_m, mask_n = _load(
+        x_ptr, mul_ptr, first_m, first_n, M, N, stride_xm, stride_xn, stride_mul, MUL_ROWS, BLOCK_M, BLOCK_N, WIDE
+    )
     if GRANULARITY == 0:
         group = tl.zeros((1, 1), tl.int64)
     elif GRANULARITY == 1:
-        group = offs_m
+        group = (first_m + tl.arange(0, BLOCK_M))[:, None]
     else:
-        group = offs_n
+        group = (first_n + tl.arange(0, BLOCK_N))[None, :]
     hi = from_ordered(tl.load(stats_ptr + group, mask=group < groups, other=0))
     lo = -hi
     if ZERO != 0:
         lo = -from_ordered(tl.load(stats_ptr + groups + group, mask=group < groups, other=0))
     q, scale, offset = _codes(
-        x, mask, lo, hi, rng_ptr, stream, offs_m, pid_n * BLOCK_N, BITS, ZERO, STOCHASTIC, BLOCK_N
+        x, mask_m & mask_n, lo, hi, rng_ptr, stream, first_m, first_n, BITS, ZERO, STOCHASTIC, BLOCK_M, BLOCK_N
     )
-    _store(q_ptr, qt_ptr, row_sum_ptr, col_sum_ptr, q, mask, offs_m, offs_n, M, N)
+    _store(
+        q_ptr, qt_ptr, row_sum_ptr, col_sum_ptr, q, mask_m, mask_n, first_m, first_n, M, N, BLOCK_M, BLOCK_N, WIDE
+    )  # fmt: skip
     # One program writes the scale of each group: the first along the dimensions that share it.
-    if (GRANULARITY == 1 or pid_m == 0) and (GRANULARITY == 2 or pid_n == 0):
+    if (GRANULARITY == 1 or first_m == 0) and (GRANULARITY == 2 or first_n == 0):
         tl.store(scale_ptr + group, scale, mask=group < groups)
         if offset_ptr is not None:
             tl.store(offset_ptr + group, offset, mask=group < groups)
@@ -152,32 +166,38 @@ def _tile_kernel(
 def _rows_kernel(
     x_ptr, mul_ptr, rng_ptr, q_ptr, qt_ptr, scale_ptr, offset_ptr, row_sum_ptr, col_sum_ptr,
     M, N, stride_xm, stride_xn, stride_mul, stream,
-    MUL_ROWS: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    MUL_ROWS: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, STOCHASTIC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    offs_m = (tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
-    offs_n = tl.arange(0, BLOCK_N).to(tl.int64)[None, :]
-    x, mask = _load(x_ptr, mul_ptr, offs_m, offs_n, M, N, stride_xm, stride_xn, stride_mul, MUL_ROWS)
+    first_m = tl.program_id(0).to(tl.int64) * BLOCK_M
+    x, mask_m, mask_n = _load(
+        x_ptr, mul_ptr, first_m, 0, M, N, stride_xm, stride_xn, stride_mul, MUL_ROWS, BLOCK_M, BLOCK_N, WIDE
+    )
+    mask = mask_m & mask_n
     if ZERO == 0:
         hi = from_ordered(tl.max(tl.where(mask, ordered(tl.abs(x)), 0), 1, keep_dims=True))
         lo = -hi
     else:
         hi = from_ordered(tl.max(tl.where(mask, ordered(x), -2147483648), 1, keep_dims=True))
         lo = -from_ordered(tl.max(tl.where(mask, ordered(-x), -2147483648), 1, keep_dims=True))
-    q, scale, offset = _codes(x, mask, lo, hi, rng_ptr, stream, offs_m, 0, BITS, ZERO, STOCHASTIC, BLOCK_N)
-    _store(q_ptr, qt_ptr, row_sum_ptr, col_sum_ptr, q, mask, offs_m, offs_n, M, N)
-    tl.store(scale_ptr + offs_m, scale, mask=offs_m < M)
+    q, scale, offset = _codes(
+        x, mask, lo, hi, rng_ptr, stream, first_m, 0, BITS, ZERO, STOCHASTIC, BLOCK_M, BLOCK_N
+    )  # fmt: skip
+    _store(q_ptr, qt_ptr, row_sum_ptr, col_sum_ptr, q, mask_m, mask_n, first_m, 0, M, N, BLOCK_M, BLOCK_N, WIDE)
+    rows = (first_m + tl.arange(0, BLOCK_M))[:, None]
+    tl.store(scale_ptr + rows, scale, mask=mask_m)
     if offset_ptr is not None:
-        tl.store(offset_ptr + offs_m, offset, mask=offs_m < M)
+        tl.store(offset_ptr + rows, offset, mask=mask_m)
 
 
-def rows_block(m: int, n: int, transposed: bool) -> tuple[int, int] | None:
+def rows_block(m: int, n: int, transposed: bool, aligned: bool = True) -> tuple[int, int] | None:
     """(BLOCK_M, BLOCK_N) of `_rows_kernel` for an (m, n) matrix, or None where a row does not fit or would write badly.
 
-    A transposed copy needs 16 rows in a program, so that it is written in pieces of 16 bytes.
+    A transposed copy needs 16 rows in a program, so that it is written in pieces of 16 bytes, and aligned rows.
     """
     block_n = max(triton.next_power_of_2(n), 8)
     block_m = min(max(ROWS_MAX_ELEMENTS // block_n, 1) if transposed else max(2048 // block_n, 1), 32)
-    if block_n > ROWS_MAX_ELEMENTS or (transposed and block_m < 16):
+    if block_n > ROWS_MAX_ELEMENTS or (transposed and (block_m < 16 or not aligned)):
         return None
     return block_m, block_n
 
@@ -219,27 +239,37 @@ def quantize(
     mul_rows = multiplier is not None and multiplier.shape[1] == 1  # else it has one row
     stride_mul = 0 if multiplier is None or multiplier.numel() == 1 else multiplier.stride(0 if mul_rows else 1)
     out = (q, qt, scale, offset, row_sum, col_sum)
-    flags = dict(BITS=bits, ZERO=ZERO[zero], STOCHASTIC=rng is not None, enable_fp_fusion=False)
-    block = rows_block(m, n, cols) if granularity == "per_row" and single_read is not False else None
+    (xm, xn), aligned = x.stride(), n % 16 == 0 and (m % 16 == 0 or not cols) and _aligned(x)
+    block = (
+        rows_block(m, n, cols, aligned or single_read is True)
+        if granularity == "per_row" and single_read is not False
+        else None
+    )
     if single_read and block is None:
         raise ValueError(
             f"a single read needs per_row and rows that fit in registers, got {granularity}, {tuple(x.shape)}"
         )
+    block_m, block_n, *warps = block or tile or (TILE if aligned else UNALIGNED_TILE)
+    wide = is_wide(block_m * xm + block_n * xn, block_m * n + block_n, block_n * m + block_m)
+    flags = dict(MUL_ROWS=mul_rows, BITS=bits, ZERO=ZERO[zero], STOCHASTIC=rng is not None,
+                 BLOCK_M=block_m, BLOCK_N=block_n, WIDE=wide, enable_fp_fusion=False)  # fmt: skip
     if block is not None:
-        warps = 8 if block[0] * block[1] > 4096 else 4
-        _rows_kernel[(triton.cdiv(m, block[0]),)](
-            x, multiplier, rng, *out, m, n, *x.stride(), stride_mul, stream,
-            MUL_ROWS=mul_rows, **flags, BLOCK_M=block[0], BLOCK_N=block[1], num_warps=warps,
+        _rows_kernel[(triton.cdiv(m, block_m),)](
+            x, multiplier, rng, *out, m, n, xm, xn, stride_mul, stream,
+            **flags, num_warps=8 if block_m * block_n > 4096 else 4,
         )  # fmt: skip
         return out
     stats = row_stats(x, granularity, zero == "symmetric", multiplier, stride_mul, mul_rows)
-    aligned = n % 16 == 0 and (m % 16 == 0 or not cols) and all(s == 1 or s % 16 == 0 for s in x.stride())
-    block_m, block_n, warps = tile or (TILE if aligned else UNALIGNED_TILE)
     _tile_kernel[(triton.cdiv(m, block_m) * triton.cdiv(n, block_n),)](
-        x, multiplier, stats, rng, *out, m, n, *x.stride(), stride_mul, groups, stream,
-        MUL_ROWS=mul_rows, GRANULARITY=GRANULARITY[granularity], **flags, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
+        x, multiplier, stats, rng, *out, m, n, xm, xn, stride_mul, groups, stream,
+        GRANULARITY=GRANULARITY[granularity], **flags, num_warps=warps[0],
     )  # fmt: skip
     return out
+
+
+def _aligned(x: torch.Tensor) -> bool:
+    """Whether the rows, or the columns, of x start at multiples of 16 elements."""
+    return all(s == 1 or s % 16 == 0 for s in x.stride())
 
 
 def row_stats(
@@ -265,7 +295,7 @@ def row_stats(
     tiles = 1 << (tiles - 1).bit_length()  # a power of two: few variants to compile
     _row_stats_kernel[(num_m * triton.cdiv(num_n, tiles),)](
         x, multiplier, stats, m, n, xm, xn, stride_mul, groups,
-        MUL_ROWS=mul_rows, TENSOR=granularity == "per_tensor", SYMMETRIC=symmetric, BLOCK_M=block_m, BLOCK_N=block_n, TILES=tiles,
-        num_warps=warps,
+        MUL_ROWS=mul_rows, TENSOR=granularity == "per_tensor", SYMMETRIC=symmetric, BLOCK_M=block_m, BLOCK_N=block_n,
+        TILES=tiles, WIDE=is_wide(block_m * xm + block_n * xn), num_warps=warps,
     )  # fmt: skip
     return stats

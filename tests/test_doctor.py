@@ -1,0 +1,125 @@
+"""`fqt doctor`: its verdicts, and that a broken kernel cannot pass."""
+
+import json
+import pathlib
+import re
+
+import fqt_kernels.quantize
+import pytest
+import torch
+
+from fqt import cli, doctor, reference
+
+
+@pytest.fixture
+def no_kernels(monkeypatch):
+    """As on a machine without a GPU, although the tests run with the interpreter on."""
+    how = ("not run", torch.device("cpu"), "no GPU: kernels not run on hardware; the CPU reference backend is used")
+    monkeypatch.setattr(doctor, "_kernels_run", lambda: how)
+
+
+def results(checks) -> list[dict]:
+    return [doctor._verdict(check) for check in checks]
+
+
+def test_without_a_gpu_the_reference_is_checked_and_the_exit_status_is_0(no_kernels, capsys):
+    assert cli.main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert "no GPU: kernels not run on hardware" in text and "all checks passed" in text
+    assert "FAILED" not in text and "_tile_kernel" not in text
+
+
+def test_json_holds_every_case(no_kernels, capsys):
+    assert cli.main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"] and report["kernels"]["run"] == "not run"
+    assert report["versions"]["torch"] == torch.__version__ and report["devices"][0]["device"] == "cpu"
+    assert {choice["op"] for choice in report["dispatch"]} >= {"quantize", "scaled_mm"}
+    assert all(check["ok"] and check["error"] is not None for check in report["checks"])
+
+
+def test_every_kernel_has_a_check(device):
+    sources = pathlib.Path(fqt_kernels.quantize.__file__).parent.glob("*.py")
+    kernels = {name for source in sources for name in re.findall(r"^def (_\w+_kernel)\(", source.read_text(), re.M)}
+    checked = {check.kernel for check in doctor.kernel_checks(torch.device(device), interpreter=device == "cpu")}
+    assert kernels and kernels == checked
+
+
+def test_every_kernel_passes_here(device):
+    checks = list(doctor.kernel_checks(torch.device(device), interpreter=device == "cpu"))
+    checks += doctor.layer_checks(torch.device(device), interpreter=device == "cpu")
+    one_in_three = (
+        checks[::3] if device == "cpu" else checks
+    )  # the interpreter is slow; test_*_kernel* runs it at length
+    assert [r for r in results(one_in_three) if not r["ok"]] == []
+
+
+def test_a_broken_kernel_fails_and_is_named(device, monkeypatch, capsys):
+    right = fqt_kernels.quantize.quantize
+
+    def off_by_one(x, **options):
+        q, *rest = right(x, **options)
+        if q is not None:
+            q[1, 2] += 1
+        return q, *rest
+
+    monkeypatch.setattr(fqt_kernels.quantize, "quantize", off_by_one)
+    monkeypatch.setattr(doctor, "_kernels_run", lambda: ("interpreter", torch.device(device), "run here"))
+    only = [c for c in doctor._quantize_checks(torch.device(device)) if c.case.startswith("per_row, min, nearest")]
+    monkeypatch.setattr(doctor, "kernel_checks", lambda *_: only)
+    monkeypatch.setattr(doctor, "layer_checks", lambda *_: [])
+    assert cli.main(["doctor"]) == 1
+    text = capsys.readouterr().out
+    assert re.search(r"FAILED _tile_kernel: per_row, min, nearest.* q differs by up to 1 in 1 of", text)
+    assert re.search(r"FAILED _rows_kernel: per_row, min, nearest.* q differs by up to 1 in 1 of", text)
+    assert "2 checks failed" in text
+
+
+def test_a_broken_reference_fails(monkeypatch, no_kernels, capsys):
+    monkeypatch.setattr(reference, "round_codes", lambda y, rounding, bits=None: torch.floor(y))
+    assert cli.main(["doctor"]) == 1
+    assert "FAILED reference.quantize: per_tensor, symmetric, nearest" in capsys.readouterr().out
+
+
+def test_a_kernel_that_does_not_launch_is_a_failure_not_a_crash():
+    def launch():
+        raise RuntimeError("out of\nregisters")
+
+    result = doctor._verdict(doctor.Check("_k_kernel", "case", launch))
+    assert (result["ok"], result["error"], result["message"]) == (False, None, "RuntimeError: out of registers")
+
+
+@pytest.mark.parametrize(
+    ("got", "want", "bound", "ok"),
+    [
+        ([1.0, float("nan")], [1.0, float("nan")], 0.0, True),
+        ([float("inf")], [float("inf")], 0.0, True),
+        ([0.0], [-0.0], 0.0, True),
+        ([float("nan")], [1.0], 1e9, False),
+        ([float("inf")], [float("-inf")], 1e9, False),
+        ([1.0], [float("inf")], 1e9, False),
+        ([1.0, 2.0], [1.0, 2.5], 0.5, True),
+        ([1.0, 2.0], [1.0, 2.5], 0.4, False),
+        ([1.0], [1.0, 1.0], 9.0, False),
+    ],
+)
+def test_what_counts_as_equal(got, want, bound, ok):
+    verdict = doctor._compare(torch.tensor(got), torch.tensor(want), bound)
+    assert verdict[0] is ok
+    json.dumps(verdict, allow_nan=False)
+
+
+def test_the_bound_of_a_product_is_small_beside_the_product():
+    """So small that an error of one code (1/128 of one factor of 37) is far outside."""
+    a, b, bias = doctor._operands(67, 45, 37, "affine, bias")
+    one_code = a.scale[:, None] * b.scale[None, :]
+    assert float((doctor.scaled_mm_bound(a, b, bias) / one_code).max()) < 1
+
+
+@pytest.mark.parametrize("found", [{"gcc"}, {"clang"}, {"gcc", "clang"}, {"my-cc"}, set()])
+def test_the_c_compiler_is_the_one_triton_would_call(found, monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: name if name in found else None)
+    monkeypatch.delenv("CC", raising=False)
+    assert doctor.c_compiler() == ("gcc" if "gcc" in found else "clang" if "clang" in found else None)
+    monkeypatch.setenv("CC", "my-cc")
+    assert doctor.c_compiler() == ("my-cc" if "my-cc" in found else None)
