@@ -28,6 +28,7 @@ _MODULES = (
     "recipe",
     "reference",
     "rng",
+    "selftest",
 )
 
 __all__ = ["__version__", *_ATTRIBUTES, *_MODULES]

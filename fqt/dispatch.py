@@ -14,7 +14,7 @@ from dataclasses import dataclass
 BACKENDS = ("auto", "triton", "reference")
 # Kinds of GPU that share a table of configurations. sm_86, 89 and 120 have the instructions of sm_80.
 _FAMILY = {"sm80": "sm80", "sm86": "sm80", "sm87": "sm80", "sm89": "sm80", "sm120": "sm80", "sm121": "sm80"}
-_FAMILY |= {"sm90": "sm90", "sm100": "sm90"}
+_FAMILY |= {"sm90": "sm90", "sm100": "sm100"}
 _INTERPRETER_CONFIG = (32, 32, 32, 1, 1)  # the interpreter's cost is per program and per block of K, not per element
 
 

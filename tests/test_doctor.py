@@ -8,7 +8,7 @@ import fqt_kernels.quantize
 import pytest
 import torch
 
-from fqt import cli, doctor, reference
+from fqt import cli, doctor, reference, selftest
 
 
 @pytest.fixture
@@ -41,13 +41,13 @@ def test_json_holds_every_case(no_kernels, capsys):
 def test_every_kernel_has_a_check(device):
     sources = pathlib.Path(fqt_kernels.quantize.__file__).parent.glob("*.py")
     kernels = {name for source in sources for name in re.findall(r"^def (_\w+_kernel)\(", source.read_text(), re.M)}
-    checked = {check.kernel for check in doctor.kernel_checks(torch.device(device), interpreter=device == "cpu")}
+    checked = {check.kernel for check in selftest.kernel_checks(torch.device(device), interpreter=device == "cpu")}
     assert kernels and kernels == checked
 
 
 def test_every_kernel_passes_here(device):
-    checks = list(doctor.kernel_checks(torch.device(device), interpreter=device == "cpu"))
-    checks += doctor.layer_checks(torch.device(device), interpreter=device == "cpu")
+    checks = list(selftest.kernel_checks(torch.device(device), interpreter=device == "cpu"))
+    checks += selftest.layer_checks(torch.device(device), interpreter=device == "cpu")
     one_in_three = (
         checks[::3] if device == "cpu" else checks
     )  # the interpreter is slow; test_*_kernel* runs it at length
@@ -65,7 +65,7 @@ def test_a_broken_kernel_fails_and_is_named(device, monkeypatch, capsys):
 
     monkeypatch.setattr(fqt_kernels.quantize, "quantize", off_by_one)
     monkeypatch.setattr(doctor, "_kernels_run", lambda: ("interpreter", torch.device(device), "run here"))
-    only = [c for c in doctor._quantize_checks(torch.device(device)) if c.case.startswith("per_row, min, nearest")]
+    only = [c for c in selftest._quantize_checks(torch.device(device)) if c.case.startswith("per_row, min, nearest")]
     monkeypatch.setattr(doctor, "kernel_checks", lambda *_: only)
     monkeypatch.setattr(doctor, "layer_checks", lambda *_: [])
     assert cli.main(["doctor"]) == 1
@@ -85,7 +85,7 @@ def test_a_kernel_that_does_not_launch_is_a_failure_not_a_crash():
     def launch():
         raise RuntimeError("out of\nregisters")
 
-    result = doctor._verdict(doctor.Check("_k_kernel", "case", launch))
+    result = doctor._verdict(selftest.Check("_k_kernel", "case", launch))
     assert (result["ok"], result["error"], result["message"]) == (False, None, "RuntimeError: out of registers")
 
 
@@ -111,9 +111,9 @@ def test_what_counts_as_equal(got, want, bound, ok):
 
 def test_the_bound_of_a_product_is_small_beside_the_product():
     """So small that an error of one code (1/128 of one factor of 37) is far outside."""
-    a, b, bias = doctor._operands(67, 45, 37, "affine, bias")
+    a, b, bias = selftest._operands(67, 45, 37, "affine, bias")
     one_code = a.scale[:, None] * b.scale[None, :]
-    assert float((doctor.scaled_mm_bound(a, b, bias) / one_code).max()) < 1
+    assert float((selftest.scaled_mm_bound(a, b, bias) / one_code).max()) < 1
 
 
 @pytest.mark.parametrize("found", [{"gcc"}, {"clang"}, {"gcc", "clang"}, {"my-cc"}, set()])

@@ -1,0 +1,287 @@
+"""The checks of `fqt doctor`: every kernel, operator and layer on small shapes, each against an oracle of its own.
+
+The oracle of the kernels is `fqt.reference` on the CPU. Codes, scales, offsets and sums must be equal to the last bit. A
+matrix product accumulates exactly in integers and then rounds in float32, on either side at most 10 times plus once for
+each piece of a long sum, so that the two lie within
+
+    2 · (10 + pieces) · 2⁻²⁴ · (|a|·|b| summed over K, with the magnitudes of every offset term and of the bias)
+
+of each other, and one unit in the last place more for bfloat16; a kernel that rounds in the same order is bit-equal.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import dispatch, reference
+from .qtensor import Operand
+from .recipe import GRANULARITIES, ROUNDINGS, ZEROS, Quantizer, Recipe
+
+ODD, EVEN = (131, 70), (144, 80)  # quantized matrices: above a tile in each direction; aligned, the launch differs
+_UNIT = 2.0**-24  # rounding to float32 is off by at most this fraction
+
+
+class Check(NamedTuple):
+    """One case: what is run, and a function that returns {output: (got, want, bound)}; bound 0 asks for equal bits."""
+
+    kernel: str
+    case: str
+    run: Callable[[], dict[str, tuple[Tensor, Tensor, Tensor | float]]]
+
+
+# ---- the kernels against the reference
+
+
+def kernel_checks(device: torch.device, interpreter: bool = False) -> Iterator[Check]:
+    """Every kernel of fqt_kernels on small shapes, in every configuration that dispatch can choose on this device."""
+    yield from _stats_checks(device)
+    yield from _quantize_checks(device)
+    yield from _scaled_mm_checks(device, interpreter)
+
+
+def _matrix(shape: tuple[int, int] = ODD, poisoned: bool = False) -> Tensor:
+    """Rows of very different sizes, one of zeros, one constant, one of ties; with a NaN and an infinity if poisoned."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator) * torch.logspace(-6, 3, shape[0])[:, None]
+    x[3], x[4] = 0.0, 0.5
+    x[5] = torch.arange(shape[1]) - 20.5
+    if poisoned:
+        x[7, 11], x[8, 12] = float("nan"), float("inf")
+    return x
+
+
+def _stats_checks(device: torch.device) -> Iterator[Check]:
+    from fqt_kernels import quantize as kernel
+
+    def case(granularity: str, symmetric: bool) -> dict[str, tuple[Tensor, Tensor, float]]:
+        x = _matrix()
+        bits = kernel.row_stats(x.to(device), granularity, symmetric, None).cpu()
+        got = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32)
+        dims = {"per_tensor": (0, 1), "per_row": (1,), "per_column": (0,)}[granularity]
+        want = [x.abs().amax(dims)] if symmetric else [x.amax(dims), (-x).amax(dims)]
+        return {"range": (got, torch.stack(want).view_as(got), 0.0)}
+
+    for granularity in GRANULARITIES:
+        for symmetric in (True, False):
+            name = f"{granularity}, {'absolute maximum' if symmetric else 'minimum and maximum'}"
+            yield Check("_row_stats_kernel", name, lambda g=granularity, s=symmetric: case(g, s))
+
+
+def _quantize_checks(device: torch.device) -> Iterator[Check]:
+    reads = [(granularity, False) for granularity in GRANULARITIES] + [("per_row", True)]
+    cases = itertools.product(reads, ZEROS, ROUNDINGS, ("rows", "transposed"))
+    for index, ((granularity, single_read), zero, rounding, layout) in enumerate(cases):
+        quantizer = Quantizer(8 if rounding == "nearest" else 4, granularity, zero, rounding)
+        shape, dense = EVEN if index % 5 < 2 else ODD, index % 7 < 4  # 5 and 7 divide no loop's period
+        kernel = "_rows_kernel" if single_read else "_tile_kernel"
+        name = (
+            f"{granularity}, {zero}, {rounding}, {quantizer.bits} bits, {layout}, {shape}{'' if dense else ' strided'}"
+        )
+        case = (device, quantizer, single_read, layout, shape, dense)
+        yield Check(kernel, name, lambda case=case: _quantize_case(*case))
+
+
+def _quantize_case(
+    device: torch.device, quantizer: Quantizer, single_read: bool, layout: str, shape: tuple[int, int], dense: bool
+) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """One launch against the reference; the stochastic ones fold a scale into the matrix."""
+    from fqt_kernels import quantize as kernel
+
+    granularity, stochastic = quantizer.granularity, quantizer.rounding == "stochastic"
+    x = _matrix(shape, poisoned=granularity != "per_tensor")
+    m, n = x.shape
+    multiplier = rng = None
+    if stochastic:
+        rng = torch.tensor([-0x123456789ABCDEF, 41])
+        size = (m, 1) if granularity == "per_column" else (1, n)
+        multiplier = torch.linspace(0.5, 2.0, max(size)).view(size)
+    rows = layout == "rows"
+    want = reference.quantize(
+        x, quantizer, multiplier=multiplier, rng=rng, stream=5, rank=3, rows=rows, cols=not rows, sums=True
+    )
+    on_device = x.to(device) if dense else x.t().contiguous().to(device).t()
+    got = kernel.quantize(
+        on_device, bits=quantizer.bits, granularity=granularity, zero=quantizer.zero,
+        multiplier=None if multiplier is None else multiplier.to(device), rng=None if rng is None else rng.to(device),
+        stream=5 + 256 * 3, rows=rows, cols=not rows, sums=True, single_read=single_read,
+    )  # fmt: skip
+    names = ("q", "qt", "scale", "offset", "row_sum", "col_sum")
+    expected = (want.q, want.qt, want.scale, want.offset, want.row_sum, want.col_sum)
+    for name, g, w in zip(names, got, expected, strict=True):
+        if (g is None) != (w is None):
+            raise ValueError(f"{name} is {'missing' if g is None else 'returned unasked'}")
+    return {name: (g, w, 0.0) for name, g, w in zip(names, got, expected, strict=True) if g is not None}
+
+
+def _scaled_mm_checks(device: torch.device, interpreter: bool) -> Iterator[Check]:
+    def configs(k: int) -> list[tuple[int, ...]]:
+        with dispatch.backend("triton" if interpreter else "auto"):
+            sizes = [2**i for i in range(6, 16)]
+            chosen = [dispatch.select(dispatch.problem("scaled_mm", device, size, size, k)).config for size in sizes]
+        return list(dict.fromkeys(config for config in chosen if config is not None))
+
+    # K in whole blocks, in 16 but not in blocks, in neither (padded), beyond what int32 can sum.
+    even, ragged, odd, long = (64, 48, 128), (64, 48, 80), (67, 45, 37), (5, 3, reference.MAX_INT32_TERMS + 20)
+    kinds = {"symmetric": even, "affine": ragged, "affine, no scale of B": odd, "affine, bias, odd shape": odd}
+    cases = [(kind, shape, configs(64)[0]) for kind, shape in kinds.items()]
+    cases += [("affine, bias, odd shape", odd, config) for config in configs(64)[1:]]
+    if not interpreter:  # it truncates float32 to bfloat16 instead of rounding
+        cases.append(("affine, bias, bfloat16", odd, configs(64)[0]))
+    cases += [("extreme codes, sum beyond int32", long, config) for config in configs(long[2])]
+    for kind, shape, config in cases:
+        name = f"{kind}, {'x'.join(map(str, shape))}, {config}"
+        yield Check("_scaled_mm_kernel", name, lambda a=(device, kind, shape, config): _scaled_mm_case(*a))
+
+
+def _scaled_mm_case(
+    device: torch.device, kind: str, shape: tuple[int, int, int], config: tuple[int, ...]
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    from fqt_kernels import gemm as kernel
+
+    a, b, bias = _operands(*shape, kind)
+    dtype = torch.bfloat16 if "bfloat16" in kind else torch.float32
+    want = reference.scaled_mm(a, b, bias, dtype)
+
+    def move(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.to(device)
+
+    got = kernel.scaled_mm(
+        move(a.q), move(b.q), move(a.scale), move(b.scale), a_offset=move(a.offset), b_offset=move(b.offset),
+        a_sum=move(a.sum), b_sum=move(b.sum), bias=move(bias), out_dtype=dtype, config=config,
+    )  # fmt: skip
+    bound = scaled_mm_bound(a, b, bias)
+    if dtype == torch.bfloat16:
+        bound = bound + 2.0**-7 * want.double().abs()
+    return {"product": (got, want, bound)}
+
+
+def _operands(m: int, n: int, k: int, kind: str) -> tuple[Operand, Operand, Tensor | None]:
+    """Codes, scales, offsets and sums of a product of that shape, all from one fixed seed."""
+    generator = torch.Generator().manual_seed(1)
+    if "extreme" in kind:
+        qa, qb = torch.full((m, k), -128, dtype=torch.int8), torch.full((n, k), -128, dtype=torch.int8)
+    else:
+        qa, qb = (torch.randint(-128, 128, (r, k), generator=generator).to(torch.int8) for r in (m, n))
+    sa, sb = (torch.rand(r, generator=generator) + 0.1 for r in (m, n))
+    if "affine" not in kind:
+        return Operand(qa, sa, None, None), Operand(qb, sb, None, None), None
+    oa, ob = torch.randn(m, generator=generator), torch.randn(1, generator=generator)
+    sums = [q.sum(1, dtype=torch.int32) for q in (qa, qb)]
+    bias = torch.randn(n, generator=generator) if "bias" in kind else None
+    return Operand(qa, sa, oa, sums[0]), Operand(qb, None if "no scale" in kind else sb, ob, sums[1]), bias
+
+
+def scaled_mm_bound(a: Operand, b: Operand, bias: Tensor | None) -> Tensor:
+    """(M, N) float64: how far two float32 evaluations of `scaled_mm` on exact integer sums can be apart."""
+    k = a.q.shape[1]
+    magnitude = reference.int_mm(a.q.short().abs(), b.q.short().abs()).double() * a.scale.double()[:, None]
+    sb = 1.0 if b.scale is None else b.scale.double()
+    magnitude = magnitude * sb
+    if a.offset is not None:
+        u = b.sum.double().abs() * sb + (0.0 if b.offset is None else b.offset.double().abs() * k)
+        magnitude = magnitude + a.offset.double().abs()[:, None] * u
+    if b.offset is not None:
+        magnitude = magnitude + (b.offset.double().abs() * a.scale.double() * a.sum.double().abs())[:, None]
+    if bias is not None:
+        magnitude = magnitude + bias.double().abs()
+    pieces = -(-k // (reference.MAX_INT32_TERMS // 2))
+    return 2 * (10 + pieces) * _UNIT * magnitude
+
+
+# ---- the reference against first principles
+
+
+def reference_checks() -> Iterator[Check]:
+    """The CPU backend against definitions that share no code with it."""
+    yield Check("reference.philox", "published answer of Philox4x32-10 for zeros", _philox_case)
+    yield Check("reference.int_mm", "extreme codes against int64, 33x2500 by 2500x17", _int_mm_case)
+    for granularity in GRANULARITIES:
+        for zero in ZEROS:
+            for rounding in ROUNDINGS:
+                quantizer = Quantizer(5, granularity, zero, rounding)
+                name = f"{granularity}, {zero}, {rounding}: within {'half a' if rounding == 'nearest' else 'one'} step"
+                yield Check("reference.quantize", name, lambda q=quantizer: _step_case(q))
+    yield Check("reference.scaled_mm", "affine against float64, 67x45x37", _product_case)
+
+
+def _philox_case() -> dict[str, tuple[Tensor, Tensor, float]]:
+    words = reference.philox(*[torch.zeros((), dtype=torch.int64)] * 6, rounds=10)
+    return {"words": (torch.stack(words), torch.tensor([0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]), 0.0)}
+
+
+def _int_mm_case() -> dict[str, tuple[Tensor, Tensor, float]]:
+    generator = torch.Generator().manual_seed(2)
+    a, b = (torch.randint(-128, 128, (r, 2500), generator=generator).to(torch.int8) for r in (33, 17))
+    a[0], b[0] = -128, -128
+    return {"product": (reference.int_mm(a, b), (a.long() @ b.long().t()).int(), 0.0)}
+
+
+def _step_case(quantizer: Quantizer) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Dequantizing gives x back to within half a step (nearest) or one (stochastic), and float32's own rounding."""
+    x = _matrix()
+    t = reference.quantize(x, quantizer, rng=torch.tensor([7, 8]))
+    step = 0.5 if quantizer.rounding == "nearest" else 1.0 + 2.0**-16
+    rounding = 8 * _UNIT * (x.abs() + (0.0 if t.offset is None else t.offset.abs()))
+    return {"x": (t.dequantize(), x, t.scale * (step + 8 * _UNIT * 2**quantizer.bits) + rounding)}
+
+
+def _product_case() -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    operands = _operands(67, 45, 37, "affine, bias")
+    return {"product": (reference.scaled_mm(*operands).double(), _product(*operands), scaled_mm_bound(*operands))}
+
+
+# ---- a whole layer, through its operators and whatever dispatch chooses for them
+
+
+def layer_checks(device: torch.device, interpreter: bool = False) -> Iterator[Check]:
+    """The three products of a layer against their definitions in float64, from the reference's codes."""
+    for name in ("int8", "ptq4", "psq4"):
+        yield Check("fqt.nn.Linear", name, lambda n=name: _layer_case(n, device, "triton" if interpreter else "auto"))
+
+
+def _layer_case(name: str, device: torch.device, backend: str) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    from . import nn, ops, rng
+
+    recipe = Recipe.parse(name)
+    generator = torch.Generator().manual_seed(3)
+    x, w, dy = (torch.randn(*shape, generator=generator) for shape in ((67, 37), (45, 37), (67, 45)))
+    bias = torch.randn(45, generator=generator)
+    layer = nn.Linear(37, 45, device=device, recipe=recipe)
+    with torch.no_grad():
+        layer.weight.copy_(w)
+        layer.bias.copy_(bias)
+    state = rng.get_rng_state(layer)["layers"][""]
+    on_device = x.to(device).requires_grad_()
+    with dispatch.backend(backend):
+        y = layer(on_device)
+        y.backward(dy.to(device))
+
+    xq, wq = (reference.quantize(t, q, cols=True, sums=True) for t, q in ((x, recipe.x), (w, recipe.w)))
+    fold_w, fold_x = (q.granularity == "per_row" for q in (recipe.w, recipe.x))
+    g = reference.quantize(
+        dy, recipe.dgrad, multiplier=wq.scale.t() if fold_w else None, rng=state, stream=ops.DGRAD, sums=True
+    )
+    h = reference.quantize(
+        dy, recipe.wgrad, multiplier=xq.scale if fold_x else None, rng=state, stream=ops.WGRAD, cols=True, sums=True
+    )
+    products = {
+        "fprop": (y, xq.rows(), wq.rows(), bias),
+        "dgrad": (on_device.grad, g.rows(), wq.cols()._replace(**({"scale": None} if fold_w else {})), None),
+        "wgrad": (layer.weight.grad, h.cols(), xq.cols()._replace(**({"scale": None} if fold_x else {})), None),
+    }
+    return {
+        key: (got.double(), _product(a, b, c), scaled_mm_bound(a, b, c)) for key, (got, a, b, c) in products.items()
+    }
+
+
+def _product(a: Operand, b: Operand, bias: Tensor | None) -> Tensor:
+    """A Bᵀ + bias in float64, from the dequantized operands."""
+    left, right = (o.q.double() if o.scale is None else o.q.double() * o.scale.double().view(-1, 1) for o in (a, b))
+    left = left if a.offset is None else left + a.offset.double().view(-1, 1)
+    right = right if b.offset is None else right + b.offset.double()
+    return left @ right.t() if bias is None else left @ right.t() + bias.double()
