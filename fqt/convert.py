@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from .dispatch import problem, select
@@ -37,7 +38,7 @@ class LayerReport:
 
 @dataclass
 class ConversionReport:
-    """What `quantize_` did to each linear layer of a model. `str` is a table, `to_json` the same as data."""
+    """What `quantize_` did to each linear layer and convolution of a model. `str` is a table, `to_json` the same as data."""
 
     layers: list[LayerReport] = field(default_factory=list)
 
@@ -104,6 +105,9 @@ def quantize_(
     modules = dict(model.named_modules())
     report, used = ConversionReport(), set()
     for name, module in modules.items():
+        if isinstance(module, _ConvNd):
+            shape = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
+            report.layers.append(_skipped(module, name, shape, "convolutions are not quantized"))
         if not isinstance(module, nn.Linear):
             continue
         pattern = next((p for p in recipes if fnmatch.fnmatchcase(name, p)), None)
@@ -115,7 +119,7 @@ def quantize_(
             if filter_fn is not None and not filter_fn(module, name):
                 reason = "filter_fn returned False"
         if reason is not None:
-            report.layers.append(_skipped(module, name, reason))
+            report.layers.append(_skipped(module, name, (module.out_features, module.in_features), reason))
             continue
         report.layers.append(_convert(module, name, recipes[pattern]))
     _disable_fast_paths(model, report)
@@ -213,8 +217,7 @@ def _restart(module: Linear) -> None:
     restart(module)
 
 
-def _skipped(module: nn.Linear, name: str, reason: str) -> LayerReport:
-    shape = (module.out_features, module.in_features)
+def _skipped(module: nn.Module, name: str, shape: tuple[int, ...], reason: str) -> LayerReport:
     return LayerReport(name, type(module).__name__, shape, "", "skipped", "", None, reason)
 
 

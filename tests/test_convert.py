@@ -141,6 +141,17 @@ def test_multihead_attention_keeps_its_out_proj():
     ]
 
 
+def test_convolutions_are_reported_as_skipped():
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.ConvTranspose1d(8, 4, 2), nn.Linear(4, 4))
+    report = fqt.quantize_(model, "int8")
+    assert [(r.name, r.type, r.shape, r.reason) for r in report.skipped] == [
+        ("0", "Conv2d", (8, 2, 3, 3), "convolutions are not quantized"),
+        ("1", "ConvTranspose1d", (4, 8, 2), "convolutions are not quantized"),
+    ]
+    with pytest.raises(ValueError, match="'0'"):
+        fqt.quantize_(model, {"0": "int8", "2": "psq4"})
+
+
 def test_parametrized_and_hooked_weights_are_skipped_with_the_reason():
     parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
     pruned = prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5)
