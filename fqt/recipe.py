@@ -124,6 +124,8 @@ class Recipe:
         """Raises ValueError where the text is no recipe: bad JSON, an unknown or missing field, a value out of range."""
         try:
             fields = json.loads(text)
+            if sorted(fields) != sorted(f.name for f in dataclasses.fields(Recipe)):
+                raise TypeError(f"its fields must be {', '.join(f.name for f in dataclasses.fields(Recipe))}")
             return Recipe(**{k: None if v is None else Quantizer(**v) for k, v in fields.items()})
         except (TypeError, AttributeError, json.JSONDecodeError) as e:
             raise ValueError(f"not a recipe: {text!r} ({e})") from e

@@ -14,9 +14,15 @@ SYMMETRIC, GRID, MIN = 0, 1, 2
 
 @triton.jit
 def ordered(x):
-    """float32 → int32 of the same order, -0 below +0, NaN beyond the infinity of its sign; its own inverse on the bits."""
-    bits = x.to(tl.int32, bitcast=True)
+    """float32 → int32 of the same order, -0 below +0 and every NaN, whatever its sign, above infinity."""
+    bits = tl.where(x == x, x.to(tl.int32, bitcast=True), 0x7FC00000)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def magnitude(x):
+    """`ordered` of |x|, whose bits have that order already."""
+    return tl.abs(x).to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -79,7 +85,7 @@ def random_bits(key, step, stream, rows, blocks):
         nought + blocks.to(tl.uint32),
         nought + rows.to(tl.uint32),
         nought + step.to(tl.uint32),
-        nought + stream,  # an argument equal to 1 arrives as a constant, which has no .to()
+        (nought + stream).to(tl.uint32),  # an argument equal to 1 arrives as a constant, which has no .to()
         key.to(tl.uint32),
         (key >> 32).to(tl.uint32),
         7,

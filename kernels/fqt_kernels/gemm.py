@@ -129,7 +129,7 @@ def scaled_mm(
         m, n, k, terms, a.stride(0), b.stride(0), n,
         int(a_scale.numel() > 1), int(b_scale is not None and b_scale.numel() > 1),
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=GROUP_M,
-        EVEN_K=k % block_k == 0, FLUSH=0 if k <= MAX_INT32_TERMS else MAX_INT32_TERMS // block_k,
+        EVEN_K=k % block_k == 0, FLUSH=0 if terms <= MAX_INT32_TERMS else MAX_INT32_TERMS // block_k,
         WIDE=is_wide(block_m * n), num_warps=warps, num_stages=stages, enable_fp_fusion=False,
     )  # fmt: skip
     return c

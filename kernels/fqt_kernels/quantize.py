@@ -20,6 +20,7 @@ from ._device import (
     SYMMETRIC,
     from_ordered,
     is_wide,
+    magnitude,
     ordered,
     quantization_params,
     random_bits,
@@ -66,7 +67,7 @@ def _row_stats_kernel(
     MUL_ROWS: tl.constexpr, TENSOR: tl.constexpr, SYMMETRIC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    # stats[0] gathers max ordered(x), stats[1] max ordered(-x); symmetric: stats[0] max ordered(|x|) alone.
+    # stats[0] gathers max ordered(x), stats[1] max ordered(-x); symmetric: stats[0] max magnitude(x) alone.
     # Integer maxima do not depend on the order of the atomics, and a NaN is the largest of all.
     num_m = tl.cdiv(M, BLOCK_M)
     first_m = (tl.program_id(0) % num_m).to(tl.int64) * BLOCK_M
@@ -80,7 +81,7 @@ def _row_stats_kernel(
         )  # fmt: skip
         mask = mask_m & mask_n
         if SYMMETRIC:
-            hi = tl.maximum(hi, tl.where(mask, ordered(tl.abs(x)), -2147483648))
+            hi = tl.maximum(hi, tl.where(mask, magnitude(x), -2147483648))
         else:
             hi = tl.maximum(hi, tl.where(mask, ordered(x), -2147483648))
             lo = tl.maximum(lo, tl.where(mask, ordered(-x), -2147483648))
@@ -175,7 +176,7 @@ def _rows_kernel(
     )
     mask = mask_m & mask_n
     if ZERO == 0:
-        hi = from_ordered(tl.max(tl.where(mask, ordered(tl.abs(x)), 0), 1, keep_dims=True))
+        hi = from_ordered(tl.max(tl.where(mask, magnitude(x), 0), 1, keep_dims=True))
         lo = -hi
     else:
         hi = from_ordered(tl.max(tl.where(mask, ordered(x), -2147483648), 1, keep_dims=True))
