@@ -1,4 +1,4 @@
-"""Statistics and comparisons that tests state their laws with. Every bound says where it comes from."""
+"""Statistics, comparisons and hostile memory that tests state their laws with. Every bound says where it comes from."""
 
 from __future__ import annotations
 
@@ -8,30 +8,60 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+EPS = 2.0**-24  # half an ulp of 1 in float32: the relative error of one rounding
+DITHER = 2.0**-17  # bins: stochastic rounding draws 16 bits, so its mean is off by up to half of 2**-16
 
-def assert_unbiased(draw: Callable[[int], Tensor], expected: Tensor, draws: int, sigmas: float = 5.0) -> None:
-    """The mean of draw(0), …, draw(draws - 1) agrees with expected: two z-tests with the draws' own variance.
 
-    One on the sum over all elements of their deviations with random signs (a common bias), one on the largest |z| of a
-    single element. With N elements the largest of N standard normal variables exceeds √(2 ln N) + 4 with probability
-    below 1e-4 (Gumbel tail); the few elements without any variance must be exact to float32 rounding.
+# ---- statistics
+
+
+def assert_unbiased(
+    draw: Callable[[int], Tensor],
+    expected: Tensor,
+    draws: int,
+    sigmas: float = 5.0,
+    *,
+    bin: Tensor | float | None = None,
+) -> None:
+    """The mean of draw(0), …, draw(draws - 1) is the matrix expected: t-tests on sums, with the draws' own variance.
+
+    Single elements are rarely normal (a code that steps up once in 10 000 draws), so sums are tested: over everything (a
+    common bias; `sigmas` is its limit), weighted by expected and by its signs (a shrunken gradient), with 16 patterns of
+    random signs, and over every row and column of a matrix that has at least 8 of both. Of T standard normal variables
+    the largest is beyond √(2 ln T) + 4 with probability below 1e-4.
+
+    bin, where it is given, is the width of an element's bin: a draw is one of the bin's two ends, so that by Hoeffding
+    P(|mean - expected| > bin·√(ln(2N/1e-6) / (2·draws))) ≤ 1e-6 over all N elements.
+
+    Float arithmetic moves a mean by a few ulps of the largest value, 16-bit dither by 2⁻¹⁷ bins; both are allowed for.
     """
-    mean, square = torch.zeros_like(expected, dtype=torch.float64), torch.zeros_like(expected, dtype=torch.float64)
-    for i in range(draws):
-        x = draw(i).double()
-        mean += x
-        square += x * x
-    mean /= draws
-    variance = (square / draws - mean * mean).clamp(min=0) * draws / (draws - 1)
-    error = mean - expected.double()
-    # Rounding of float32 arithmetic: a few ulps of the largest value that entered an element's computation.
-    floor = 4 * 2.0**-23 * float(expected.abs().max())
-    z = (error.abs() - floor).clamp(min=0) / (variance / draws).sqrt().clamp(min=1e-300)
-    z = torch.where(error.abs() <= floor, torch.zeros_like(z), z)
-    limit = math.sqrt(2 * math.log(max(expected.numel(), 2))) + 4
-    assert float(z.max()) < limit, f"an element is biased: z = {float(z.max()):.1f}, limit {limit:.1f}"
-    total = float(error.sum()) / max(math.sqrt(float((variance / draws).sum())), floor * math.sqrt(expected.numel()) + 1e-300)
-    assert abs(total) < sigmas, f"the mean is biased: z = {total:.1f}"
+    m, n = expected.shape
+    expected = expected.double()
+    signs = torch.randint(0, 2, (16, m * n), generator=torch.Generator().manual_seed(20101429)) * 2.0 - 1
+    flat = expected.flatten()
+    weights = [torch.ones_like(flat), flat / flat.abs().max().clamp(min=1e-300), flat.sign()]
+    weights = torch.cat([torch.stack(weights), signs.to(flat)])
+    slack = 8 * EPS * float(flat.abs().max()) + (0 if bin is None else 2 * DITHER * float(torch.as_tensor(bin).max()))
+    allowed = [slack * weights.abs().sum(1)]
+    if min(m, n) >= 8:
+        allowed += [torch.full((m + n,), slack * max(m, n), dtype=torch.float64, device=flat.device)]
+    sums, squares, mean = 0.0, 0.0, torch.zeros_like(expected)
+    for first in range(0, draws, 64):
+        errors = torch.stack([draw(i).double() - expected for i in range(first, min(first + 64, draws))])
+        statistics = [errors.flatten(1) @ weights.t()] + ([errors.sum(2), errors.sum(1)] if min(m, n) >= 8 else [])
+        statistics = torch.cat(statistics, 1)
+        mean += errors.sum(0) / draws
+        sums, squares = sums + statistics.sum(0), squares + (statistics**2).sum(0)
+    average = sums / draws
+    deviation = ((squares / draws - average**2).clamp(min=0) / (draws - 1)).sqrt()
+    z = (average.abs() - torch.cat(allowed)).clamp(min=0) / deviation.clamp(min=1e-300)
+    limit = math.sqrt(2 * math.log(z.numel())) + 4
+    assert float(z[0]) < sigmas, f"the mean is biased: z = {float(z[0]):.1f}"
+    assert float(z.max()) < limit, f"a sum is biased: z = {float(z.max()):.1f}, limit {limit:.1f}"
+    if bin is not None:
+        width = math.sqrt(math.log(2 * expected.numel() / 1e-6) / (2 * draws))
+        excess = float((mean.abs() - torch.as_tensor(bin) * width - slack).max())
+        assert excess <= 0, f"an element is biased by {excess:.3g} more than {width:.3f} bins"
 
 
 def total_variance(draw: Callable[[int], Tensor], expected: Tensor, draws: int) -> float:
@@ -44,10 +74,112 @@ def random_state(key: int = 0, step: int = 0, device: str = "cpu") -> Tensor:
     return torch.tensor([(key * 0x9E3779B97F4A7C15 + 0x1234567) % 2**63, step], device=device)
 
 
+# ---- comparisons
+
+
+def assert_same(actual: Tensor | None, expected: Tensor | None, what: str = "value") -> None:
+    """Equal in dtype, shape and every value (NaN equals NaN, -0 equals 0); both absent is equal."""
+    if actual is None or expected is None:
+        assert actual is expected, f"{what}: {'absent' if actual is None else 'present'} against the reference"
+        return
+    actual, expected = actual.detach().cpu(), expected.detach().cpu()
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape, (
+        f"{what}: {actual.dtype} {tuple(actual.shape)}, expected {expected.dtype} {tuple(expected.shape)}"
+    )
+    different = ~torch.isclose(actual, expected, rtol=0, atol=0, equal_nan=True)
+    if different.any():
+        at = tuple(different.nonzero()[0].tolist())
+        raise AssertionError(
+            f"{what}: {int(different.sum())} of {different.numel()} differ, first at {at}: "
+            f"{actual[at].item()!r}, expected {expected[at].item()!r}"
+        )
+
+
+def same_values(x: Tensor, y: Tensor) -> bool:
+    """Whether two float tensors hold the same values, NaN being one of them."""
+    return torch.equal(x.isnan(), y.isnan()) and torch.equal(x.nan_to_num(), y.nan_to_num())
+
+
+def ulp(x: Tensor) -> Tensor:
+    """The distance of a float16 or bfloat16 value from the next one away from zero, in float32."""
+    info = torch.finfo(x.dtype)
+    exponent = torch.frexp(x.float().abs().clamp(min=info.smallest_normal)).exponent
+    return torch.ldexp(torch.full_like(x, info.eps, dtype=torch.float32), exponent - 1)
+
+
+# ---- hostile memory
+
+
 def poisoned(x: Tensor) -> Tensor:
-    """x as a strided view into a larger tensor of NaN: reading outside of it shows."""
+    """x as a strided view into a larger tensor of NaN (integers: of large values): reading outside of it shows."""
     m, n = x.shape
-    frame = torch.full((m + 3, 2 * n + 5), float("nan"), dtype=x.dtype, device=x.device)
+    frame = torch.full((m + 3, 2 * n + 5), _poison(x.dtype), dtype=x.dtype, device=x.device)
     view = frame[1 : m + 1, 2 : 2 * n + 2 : 2]
     view.copy_(x)
     return view
+
+
+def poisoned_rows(x: Tensor, stride: int) -> Tensor:
+    """x (M, N) as rows `stride` ≥ N elements apart, last stride 1, with poison between, before and after them."""
+    m, n = x.shape
+    frame = torch.full((m + 2, stride), _poison(x.dtype), dtype=x.dtype, device=x.device)
+    frame[1 : m + 1, :n] = x
+    return frame[1 : m + 1, :n]
+
+
+def poisoned_tail(x: Tensor) -> Tensor:
+    """A vector with 64 poisoned elements on either side."""
+    return poisoned_rows(x[None], x.numel() + 64)[0]
+
+
+def _poison(dtype: torch.dtype) -> float | int:
+    return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max - 6
+
+
+class GuardedTorch:
+    """torch for a module of launchers, in place of its global `torch`: every tensor it makes lies between guard bands.
+
+    Fresh memory of `empty` holds poison, so that an element no kernel writes shows. `check` asserts that no guard was
+    written over; `made` counts the tensors.
+    """
+
+    GUARD = 4096  # elements on either side; a multiple of 16 bytes, so that alignment is as without guards
+
+    def __init__(self, poison: int = 0x5A):
+        self._poison = poison
+        self._frames: list[tuple[Tensor, int]] = []
+
+    def __getattr__(self, name: str):
+        return getattr(torch, name)
+
+    @property
+    def made(self) -> int:
+        return len(self._frames)
+
+    def _make(self, shape, dtype: torch.dtype, device) -> Tensor:
+        count = math.prod(shape)
+        frame = torch.empty(count + 2 * self.GUARD, dtype=dtype, device=device)
+        frame.view(torch.uint8).fill_(self._poison)  # of float32 a number near 1e16
+        self._frames.append((frame, count))
+        return frame[self.GUARD : self.GUARD + count].view(shape)
+
+    def empty(self, *shape, dtype=torch.float32, device="cpu") -> Tensor:
+        return self._make(_flat(shape), dtype, device)
+
+    def empty_like(self, x: Tensor) -> Tensor:
+        return self._make(x.shape, x.dtype, x.device)
+
+    def zeros(self, *shape, dtype=torch.float32, device="cpu") -> Tensor:
+        return self._make(_flat(shape), dtype, device).zero_()
+
+    def full(self, shape, value, dtype=torch.float32, device="cpu") -> Tensor:
+        return self._make(shape, dtype, device).fill_(value)
+
+    def check(self) -> None:
+        for frame, count in self._frames:
+            for guard in (frame[: self.GUARD], frame[self.GUARD + count :]):
+                assert (guard.view(torch.uint8) == self._poison).all(), f"written outside of {count} {frame.dtype}"
+
+
+def _flat(shape) -> tuple[int, ...]:
+    return tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else tuple(shape)

@@ -16,11 +16,11 @@ MAX_INT32_TERMS = 131_071
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) by kind of GPU, by size of the output tile; the first row is safe.
 CONFIGS = {
-    "sm80": [(64, 64, 64, 4, 4), (64, 128, 64, 4, 4), (128, 128, 64, 8, 4), (128, 128, 128, 8, 3)],
+    "sm80": [(64, 64, 64, 4, 4), (64, 128, 64, 4, 4), (128, 128, 128, 8, 3)],
     "sm90": [(64, 64, 128, 4, 4), (64, 128, 128, 4, 4), (128, 128, 128, 8, 3), (128, 256, 128, 8, 3)],
     # tcgen05 (Triton 3.8 and later) hands larger tiles to the epilogue in more registers than a thread has.
     "sm100": [(64, 64, 128, 4, 4), (64, 128, 128, 8, 4)],
-    "amd": [(64, 64, 64, 4, 2), (128, 128, 64, 8, 2), (256, 128, 64, 8, 2)],
+    "amd": [(64, 64, 64, 4, 2), (128, 128, 64, 8, 2)],
 }
 # Sums that leave int32 keep a float32 tile beside the int32 one: half the tile, or registers spill.
 FLUSH_CONFIG = {

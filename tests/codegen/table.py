@@ -1,0 +1,81 @@
+"""The table of figures: compiling it, and the committed copies of it, one file for each version of Triton."""
+
+import difflib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+FIGURES = Path(__file__).resolve().parent / "figures"
+# The GPUs that are compiled for, and the name of their table of configurations; the processes take turns.
+ARCHES = {"sm_80": "sm80", "sm_90": "sm90", "sm_89": "sm80", "gfx942": "amd", "sm_120": "sm80", "sm_100": "sm100"}
+PARTS = min(len(ARCHES), os.cpu_count() or 1)  # processes
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a version of Triton makes of the kernels.
+
+    entries: figures by "architecture kernel launch", or {"error": text} where the compilation failed.
+    kernels: the names of all kernels of the package.
+    """
+
+    triton: str
+    kernels: frozenset[str]
+    entries: dict[str, dict]
+
+    def of(self, arch: str) -> dict[str, dict]:
+        return {name: figures for name, figures in self.entries.items() if name.split()[0] == arch}
+
+    def lines(self) -> list[str]:
+        """The entries, one a line, sorted."""
+        return [f"{json.dumps(name)}: {json.dumps(self.entries[name])}" for name in sorted(self.entries)]
+
+    @property
+    def path(self) -> Path:
+        return FIGURES / f"triton-{self.triton}.json"
+
+    def write(self) -> None:
+        self.path.write_text("{\n" + ",\n".join(self.lines()) + "\n}\n")
+
+    def committed(self) -> "Table | None":
+        """The committed table of the same version of Triton, None if there is none."""
+        if not self.path.exists():
+            return None
+        return Table(self.triton, self.kernels, json.loads(self.path.read_text()))
+
+    def difference(self, other: "Table", arch: str) -> str:
+        """The lines of an architecture that differ in the other table, as a diff from it to this one."""
+        mine, theirs = (Table(t.triton, t.kernels, t.of(arch)).lines() for t in (self, other))
+        return "\n".join(line for line in difflib.ndiff(theirs, mine) if line[0] in "+-")
+
+
+def config_name(config: tuple[int, ...]) -> str:
+    return "{}x{}x{} w{} s{}".format(*config)
+
+
+def compile_table() -> Table:
+    """Compile everything with the installed Triton, from an empty cache, in processes of their own."""
+    with ThreadPoolExecutor(PARTS) as pool:
+        lines = [json.loads(line) for output in pool.map(_compile_part, range(PARTS)) for line in output.splitlines()]
+    heads = [line for line in lines if "kernels" in line]
+    entries = {name: figures for line in lines if "kernels" not in line for name, figures in line.items()}
+    return Table(heads[0]["triton"], frozenset(heads[0]["kernels"]), entries)
+
+
+def _compile_part(part: int) -> str:
+    # Triton's settings change what it emits; TRITON_INTERPRET would keep it from compiling at all.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    env["PYTHONPATH"] = os.pathsep.join([p for p in [env.get("PYTHONPATH")] if p] + [str(ROOT), str(ROOT / "kernels")])
+    command = [sys.executable, "-m", "tests.codegen.worker", str(part), str(PARTS)]
+    with tempfile.TemporaryDirectory() as cache:
+        env["TRITON_CACHE_DIR"] = cache
+        done = subprocess.run(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} exited with {done.returncode}:\n{done.stderr[-4000:]}")
+    return done.stdout

@@ -1,0 +1,110 @@
+"""The compiler gate: laws that every compiled kernel keeps, and figures that change only together with their table."""
+
+import itertools
+
+import pytest
+
+from . import laws
+from .table import ARCHES, Table, compile_table, config_name
+
+REGENERATE = "If the change is meant, write the table again with this Triton: python -m tests.codegen.update"
+
+
+@pytest.fixture(scope="session")
+def table() -> Table:
+    return compile_table()
+
+
+def broken(law: laws.Law, table: Table, arch: str) -> str:
+    found = laws.violations(law, arch, table.triton, table.of(arch))
+    return f"{len(found)} of {len(table.of(arch))} with Triton {table.triton}:\n" + "\n".join(found) if found else ""
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_every_launch_compiles(table, arch):
+    assert not broken(laws.compiles, table, arch)
+
+
+def test_every_kernel_of_the_package_is_compiled(table):
+    assert {name.split()[1] for name in table.entries} == table.kernels
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_every_configuration_that_dispatch_may_choose_is_compiled(table, arch):
+    from fqt.dispatch import Problem, select
+
+    sizes = [(1, 1), (512, 512), (2048, 1024), (4096, 4096), (16384, 16384)]
+    gpu = dict(device="cuda", arch=arch.replace("_", ""), processors=108, triton=table.triton)
+    for (m, n), (k, kind) in itertools.product(sizes, [(64, ""), (4096, ""), (200_704, "flush ")]):
+        config = select(Problem("scaled_mm", m, n, k, **gpu)).config
+        assert f"{arch} _scaled_mm_kernel {config_name(config)} {kind}scales even" in table.entries
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_products_use_int8_tensor_cores(table, arch):
+    assert not broken(laws.int8_tensor_cores, table, arch)
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_no_kernel_spills_registers(table, arch):
+    assert not broken(laws.no_spills, table, arch)
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_shared_memory_fits(table, arch):
+    assert not broken(laws.shared_memory_fits, table, arch)
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_registers_fit(table, arch):
+    assert not broken(laws.registers_fit, table, arch)
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_aligned_operands_move_in_pieces_of_16_bytes(table, arch):
+    assert not broken(laws.wide_loads, table, arch)
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_figures_equal_the_committed_table(table, arch):
+    committed = table.committed()
+    if committed is None:
+        pytest.skip(
+            f"figures of Triton {table.triton} are not compared: no {table.path.name} (the laws above hold or fail)"
+        )
+    difference = table.difference(committed, arch)
+    assert not difference, f"{table.path.name} differs on {arch}:\n{difference}\n{REGENERATE}"
+
+
+GOOD = {"threads": 256, "registers": 168, "spilled": 0, "shared": 98304, "loads": [4, 16], "stores": [16],
+        "mma": ["wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8"], "loop_loads": [16]}  # fmt: skip
+BAD = [
+    ("compiles", {"error": "CompilationError"}),
+    ("int8_tensor_cores", {"mma": []}),
+    ("int8_tensor_cores", {"mma": ["wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16"]}),
+    ("int8_tensor_cores", {"mma": [*GOOD["mma"], "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32"]}),
+    ("no_spills", {"spilled": 8}),
+    ("shared_memory_fits", {"shared": 227 * 1024 + 16}),
+    ("registers_fit", {"registers": 256}),
+    ("registers_fit", {"threads": 512}),
+    ("wide_loads", {"loop_loads": [8, 16]}),
+    ("wide_loads", {"loop_loads": []}),
+]
+
+
+@pytest.mark.parametrize(("law", "change"), BAD)
+def test_a_law_fails_where_it_is_broken(law, change):
+    name = "sm_90 _scaled_mm_kernel 128x256x128 w8 s3 scales even"
+    assert laws.violations(laws.LAWS[law], "sm_90", "3.7.1", {name: GOOD}) == []
+    assert laws.violations(laws.LAWS[law], "sm_90", "3.7.1", {name: {**GOOD, **change}})
+
+
+def test_a_changed_missing_or_new_entry_shows_in_the_difference():
+    old = Table(
+        "0", frozenset(), {"sm_90 a": {"registers": 1}, "sm_90 b": {"registers": 2}, "sm_80 c": {"registers": 3}}
+    )
+    new = Table("0", frozenset(), {"sm_90 a": {"registers": 9}, "sm_90 d": {"registers": 2}})
+    assert old.difference(old, "sm_90") == ""
+    expected = ['- "sm_90 a": {"registers": 1}', '- "sm_90 b": {"registers": 2}',
+                '+ "sm_90 a": {"registers": 9}', '+ "sm_90 d": {"registers": 2}']  # fmt: skip
+    assert sorted(new.difference(old, "sm_90").splitlines()) == sorted(expected)
