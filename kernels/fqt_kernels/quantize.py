@@ -34,10 +34,9 @@ GRANULARITY = {"per_tensor": PER_TENSOR, "per_row": PER_ROW, "per_column": PER_C
 ZERO = {"symmetric": SYMMETRIC, "grid": GRID, "min": MIN}
 LOWEST = -(2**31)  # below the ordered bits of every float: the range of nothing
 
-# (BLOCK_M, BLOCK_N, num_warps). Tiles: at least 64 contiguous bytes of int8 in either layout, 32 elements a thread. Where
-# rows are not whole multiples of 16 elements every element has an address of its own: half as many, or registers spill.
-TILE = (128, 64, 8)
-UNALIGNED_TILE = (64, 64, 8)
+# (BLOCK_M, BLOCK_N, num_warps). Tiles: 64 contiguous bytes of int8 in either layout and 16 elements a thread: with 32,
+# tiles whose rows are no multiples of 16 elements, and some others on sm_100, run out of registers.
+TILE = (64, 64, 8)
 # Statistics: for contiguous rows a program reads long pieces of few rows, for contiguous columns the other way round.
 STATS = {"rows": (8, 512, 8), "cols": (128, 32, 8)}
 ROWS_MAX_ELEMENTS = 16384  # of one program of _rows_kernel: 64 float32 registers a thread with 8 warps
@@ -216,7 +215,7 @@ def quantize(
     cols: bool = False,
     sums: bool = False,
     single_read: bool | None = None,
-    tile: tuple[int, int, int] | None = None,
+    tile: tuple[int, int, int] = TILE,
 ) -> tuple[torch.Tensor | None, ...]:
     """Launch the quantization of x (M, N), float32, float16 or bfloat16, any strides, M and N ≥ 1.
 
@@ -250,7 +249,7 @@ def quantize(
         raise ValueError(
             f"a single read needs per_row and rows that fit in registers, got {granularity}, {tuple(x.shape)}"
         )
-    block_m, block_n, *warps = block or tile or (TILE if aligned else UNALIGNED_TILE)
+    block_m, block_n, *warps = block or tile
     wide = is_wide(block_m * xm + block_n * xn, block_m * n + block_n, block_n * m + block_m)
     flags = dict(MUL_ROWS=mul_rows, BITS=bits, ZERO=ZERO[zero], STOCHASTIC=rng is not None,
                  BLOCK_M=block_m, BLOCK_N=block_n, WIDE=wide, enable_fp_fusion=False)  # fmt: skip
