@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fqt import reference
+
 EPS = 2.0**-24  # half an ulp of 1 in float32: the relative error of one rounding
 DITHER = 2.0**-17  # bins: stochastic rounding draws 16 bits, so its mean is off by up to half of 2**-16
 
@@ -72,6 +74,23 @@ def total_variance(draw: Callable[[int], Tensor], expected: Tensor, draws: int) 
 def random_state(key: int = 0, step: int = 0, device: str = "cpu") -> Tensor:
     """A (2,) int64 (key, step); keys of small integers are spread over 64 bits."""
     return torch.tensor([(key * 0x9E3779B97F4A7C15 + 0x1234567) % 2**63, step], device=device)
+
+
+def overshooting(zero: str, m: int = 16, n: int = 256) -> tuple[Tensor, Tensor]:
+    """(x, rng): rows from 0 to an end that float32's rounding puts beyond the last of 8 affine bits.
+
+    The end times the rounded inverse of the rounded scale is 255 + 2⁻¹⁶: an element whose 16 random bits are all 1, and
+    one is there, rounds that to 256. (Symmetric codes of float32 overshoot by half as much at most, which rounds away.)
+    """
+    end = 1 + torch.arange(4096) / 4096
+    _, inv, z, i, _ = reference.quantization_params(0 * end, end, 8, zero)
+    end = end[(end - z) * inv + i > 255][:m, None]
+    assert len(end) == m
+    for step in range(1000):
+        bits = reference.random_bits(random_state(21, step), m, n)
+        if bool((bits == 65535).any()):
+            return torch.where(bits >= 32768, end, 0 * end), random_state(21, step)
+    raise AssertionError("no element has 65535 as its random bits")
 
 
 # ---- comparisons

@@ -340,6 +340,15 @@ def test_values_at_the_edges_are_the_reference(kind, device):
             assert_equals_reference(x, quantizer, single_read=True)
 
 
+@pytest.mark.parametrize("zero", ["grid", "min"])
+@pytest.mark.parametrize("single_read", [False, True])
+def test_codes_stay_in_range_where_rounding_overshoots(zero, single_read, device):
+    """One code further would not be an int8, and wrap around to the other end."""
+    x, rng = laws.overshooting(zero)
+    q, *_ = launch(x.to(device), Quantizer(8, "per_row", zero, "stochastic"), rng=rng, single_read=single_read)
+    assert torch.equal(q.cpu().int(), torch.where(x > 0, 127, -128).int())
+
+
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_nothing_clips_and_zeros_stay_zero(rounding, device):
     """At most half a bin of error to nearest, one bin stochastically; slack as in test_reference."""

@@ -451,6 +451,14 @@ def test_codes_span_the_range_of_their_bits(granularity, bits):
                 assert lo == -half or hi == half - 1
 
 
+@pytest.mark.parametrize("zero", AFFINE)
+def test_codes_stay_in_range_where_rounding_overshoots(zero):
+    """One code further would not be an int8, and wrap around to the other end."""
+    x, rng = laws.overshooting(zero)
+    t = reference.quantize(x, quantizer(8, "per_row", zero, "stochastic"), rng=rng)
+    assert torch.equal(t.q.int(), torch.where(x > 0, 127, -128).int())
+
+
 @pytest.mark.parametrize("zero", ["symmetric", *AFFINE])
 def test_groups_without_a_range_are_exact(zero):
     """Rows of zeros come back as zeros under every form, rows of one value as that value under min/max."""

@@ -142,6 +142,8 @@ def run_distributed(body: str, world: int = 2) -> None:
             dist.all_gather(parts, t.contiguous())
             return all(torch.equal(parts[0], p) for p in parts)
     """) + textwrap.dedent(body)
+    # Without this gloo's threads may still run while the interpreter takes them down.
+    script += "\ndist.barrier()\ndist.destroy_process_group()\n"
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
