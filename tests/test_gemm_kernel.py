@@ -41,12 +41,13 @@ def memory(monkeypatch):
 
 
 def codes(m, k, seed, extreme=False):
-    """int8 codes; extreme ones are -128 and 127 at random, the first row all -128, the second all 127."""
+    """int8 codes; extreme ones are -128 and 127 at random, a row of all -128, one of all 127, one of -128 but for a 1."""
     g = torch.Generator().manual_seed(seed)
     if not extreme:
         return torch.randint(-128, 128, (m, k), generator=g, dtype=torch.int8)
     q = torch.where(torch.rand(m, k, generator=g) < 0.5, -128, 127).to(torch.int8)
-    q[0], q[1:2] = -128, 127
+    q[0], q[1:2], q[2:3] = -128, 127, -128
+    q[2:3, :1] = 1
     return q
 
 

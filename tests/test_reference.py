@@ -597,11 +597,16 @@ def test_a_non_finite_value_makes_its_group_non_finite_and_no_other(granularity,
 
 
 def extreme_codes(m, k, seed):
-    """Codes of the largest magnitudes: the partial sums of random signs stay small, those of equal signs do not."""
+    """Codes of the largest magnitudes: the sums of random signs stay small, those of the first rows' equal signs do not.
+
+    All -128 is a sum that float32 holds for long, being a multiple of 2¹⁴; with a single 1 it no longer is.
+    """
     g = torch.Generator().manual_seed(seed)
     x = torch.where(torch.rand(m, k, generator=g) < 0.5, -128, 127)
     x[0] = -128
     x[1:2] = 127
+    x[2:3] = -128
+    x[2:3, :1] = 1
     return x.to(torch.int8)
 
 
@@ -613,7 +618,7 @@ def test_the_integer_product_is_exact(k):
     assert out.dtype == (torch.int32 if k <= 131_071 else torch.int64)
     assert torch.equal(out.long(), (a.long()[:, None] * b.long()).sum(-1))
     if k:
-        assert int(out[0, 0]) == k * 2**14
+        assert int(out[0, 0]) == k * 2**14 and int(out[2, 2]) == (k - 1) * 2**14 + 1
 
 
 def test_int32_holds_131071_products_and_not_one_more():
