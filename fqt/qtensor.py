@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Operand(NamedTuple):
-    """One side of a matrix product `A Bᵀ`: (R, K) int8 codes whose last dimension is contracted, and what goes with them.
+    """One side of a matrix product `A Bᵀ`: (R, K) codes, int8 or float8_e4m3fn, whose last dimension is contracted.
 
     scale (R or 1,) and offset (R or 1,) are those of the rows, None for 1 and for 0; sum (R,) int32 is the sum of each
     row's codes, needed only where the other side has an offset.
@@ -23,9 +23,9 @@ class Operand(NamedTuple):
 class QTensor(NamedTuple):
     """A quantized (M, N) matrix: x ≈ q * scale (+ offset).
 
-    q (M, N) int8 are the codes, qt (N, M) int8 the same codes transposed; either may be absent. scale and offset (absent
-    when symmetric) are float32, or float64 for a float64 matrix, of shape (1, 1), (M, 1) or (1, N). row_sum (M,) and
-    col_sum (N,) int32 are sums of the codes, absent unless asked for.
+    q (M, N) are the codes, int8 or float8_e4m3fn, qt (N, M) the same codes transposed; either may be absent. scale and
+    offset (absent when symmetric) are float32, or float64 for a float64 matrix, of shape (1, 1), (M, 1) or (1, N). row_sum
+    (M,) and col_sum (N,) int32 are sums of the codes, absent unless asked for.
     """
 
     q: Tensor | None

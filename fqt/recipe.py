@@ -18,11 +18,12 @@ from dataclasses import dataclass
 GRANULARITIES = ("per_tensor", "per_row", "per_column")
 ZEROS = ("symmetric", "grid", "min")
 ROUNDINGS = ("nearest", "stochastic")
+FORMATS = ("int", "e4m3")
 
 
 @dataclass(frozen=True)
 class Quantizer:
-    """How a matrix becomes int8 codes with x ≈ q * scale (+ offset).
+    """How a matrix becomes 8-bit codes with x ≈ q * scale (+ offset).
 
     Args:
         bits: 2 to 8. The codes lie in [-(2**(bits-1)-1), 2**(bits-1)-1] (symmetric) or [-2**(bits-1), 2**(bits-1)-1].
@@ -32,6 +33,7 @@ class Quantizer:
             the range stretched so that zero is itself a code and exact zeros stay exact; StatQuant's published code).
         rounding: "nearest" (ties to even) or "stochastic" (unbiased).
         householder: block Householder transform of the rows before quantizing (BHQ); per_row only.
+        format: "int", or "e4m3": codes are float8_e4m3fn numbers up to 448, symmetric, bits 8.
 
     Raises:
         ValueError: a field is out of range, or fields that exclude each other are combined.
@@ -44,15 +46,19 @@ class Quantizer:
     zero: str = "symmetric"
     rounding: str = "nearest"
     householder: bool = False
+    format: str = "int"
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, int) or isinstance(self.bits, bool) or not 2 <= self.bits <= 8:
             raise ValueError(f"bits must be an integer from 2 to 8, got {self.bits!r}")
-        for field, allowed in (("granularity", GRANULARITIES), ("zero", ZEROS), ("rounding", ROUNDINGS)):
+        for field, allowed in (("granularity", GRANULARITIES), ("zero", ZEROS), ("rounding", ROUNDINGS),
+                               ("format", FORMATS)):  # fmt: skip
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} must be one of {', '.join(allowed)}, got {getattr(self, field)!r}")
         if self.householder and self.granularity != "per_row":
             raise ValueError(f"householder needs granularity 'per_row', got {self.granularity!r}")
+        if self.format == "e4m3" and (self.bits != 8 or self.zero != "symmetric" or self.householder):
+            raise ValueError(f"e4m3 codes have 8 bits, are symmetric and take no householder transform, got {self}")
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,9 @@ class Recipe:
             raise ValueError("dgrad contracts the columns of dY: its quantizer is per_tensor or per_row")
         if self.wgrad is not None and self.wgrad.granularity == "per_row":
             raise ValueError("wgrad contracts the rows of dY: its quantizer is per_tensor or per_column")
+        formats = {q.format for q in (self.x, self.w, self.dgrad, self.wgrad) if q is not None}
+        if len(formats) > 1:
+            raise ValueError(f"the operands of a product have one format, got {' and '.join(sorted(formats))}")
 
     @property
     def is_exact(self) -> bool:
@@ -103,6 +112,11 @@ class Recipe:
     def affine(self) -> bool:
         """Whether any operand has an offset, so that sums of codes are needed."""
         return any(q is not None and q.zero != "symmetric" for q in (self.x, self.w, self.dgrad, self.wgrad))
+
+    @property
+    def format(self) -> str:
+        """The format of all codes, "int" or "e4m3"."""
+        return "int" if self.x is None else self.x.format
 
     @property
     def name(self) -> str:
@@ -168,6 +182,12 @@ class Recipe:
         )
 
     @staticmethod
+    def fp8() -> Recipe:
+        """As `int8`, in float8_e4m3fn codes: for GPUs that multiply these faster, or have no fast integers (sm_103)."""
+        made = {f.name: getattr(Recipe.int8(), f.name) for f in dataclasses.fields(Recipe)}
+        return Recipe(**{name: dataclasses.replace(q, format="e4m3") for name, q in made.items()})
+
+    @staticmethod
     def parse(spec: str | Recipe) -> Recipe:
         """A recipe from its name ("psq5", "psq-5"), its JSON text, or a recipe as it is.
 
@@ -189,7 +209,7 @@ def _statquant(dgrad: Quantizer) -> Recipe:
 
 @functools.cache
 def _named() -> dict[str, Recipe]:
-    named = {"exact": Recipe.exact(), "qat8": Recipe.qat(8), "int8": Recipe.int8()}
+    named = {"exact": Recipe.exact(), "qat8": Recipe.qat(8), "int8": Recipe.int8(), "fp8": Recipe.fp8()}
     for bits in range(8, 1, -1):
         named |= {f"ptq{bits}": Recipe.ptq(bits), f"psq{bits}": Recipe.psq(bits), f"bhq{bits}": Recipe.bhq(bits)}
     return named
@@ -208,7 +228,7 @@ def _parse(spec: str) -> Recipe:
     name = re.sub(r"^(qat|ptq|psq|bhq)-(\d+)$", r"\1\2", spec)
     if name not in named:
         raise ValueError(
-            f"unknown recipe {spec!r}. Valid: exact, qat8, int8, ptq2..ptq8, psq2..psq8, bhq2..bhq8 "
+            f"unknown recipe {spec!r}. Valid: exact, qat8, int8, fp8, ptq2..ptq8, psq2..psq8, bhq2..bhq8 "
             "(also written ptq-4), or a fqt.Recipe"
         )
     return named[name]

@@ -15,9 +15,10 @@ from .householder import Householder
 from .qtensor import Operand, QTensor
 from .recipe import Quantizer, Recipe
 
-SCALE_MIN = 2.0**-126  # the smallest normal float32: below it 1 / scale would overflow
+SCALE_MIN = 2.0**-110  # below it 2¹⁶ / scale, which the kernels multiply with, could overflow
 MAX_INT32_TERMS = 131_071  # products of two int8 codes that one int32 can always hold: 131 071 · 2¹⁴ < 2³¹
 _EXACT_FLOAT_TERMS = 1024  # products of two int8 codes whose float32 sum is exact in any order: 1024 · 2¹⁴ = 2²⁴
+E4M3_MAX = 448
 _U32 = 0xFFFFFFFF
 
 
@@ -63,20 +64,37 @@ def random_bits(rng: Tensor, m: int, n: int, *, stream: int = 0, rank: int = 0) 
 def round_codes(y: Tensor, rounding: str, bits: Tensor | None = None) -> Tensor:
     """Round to integers: to nearest with ties to even, or stochastically with 16 random bits for each element.
 
-    Stochastic: floor(y + bits / 2¹⁶) with y first rounded to a multiple of 2⁻¹⁶. The mean is y to within 2⁻¹⁷, and an
-    integer y is returned as it is, whatever the bits.
+    Stochastic: floor(y + bits / 2¹⁶) with y, |y| < 2¹⁴, first rounded to a multiple of 2⁻¹⁶. The mean is y to within
+    2⁻¹⁷, and an integer y is returned as it is, whatever the bits.
     """
     if rounding == "nearest":
         return torch.round(y)
-    floor = torch.floor(y)
-    fraction = torch.round((y - floor) * 65536.0).to(torch.int32)
-    return floor + (fraction + bits >> 16).to(y.dtype)
+    return (torch.round(y * 65536.0).to(torch.int32) + bits >> 16).to(y.dtype)
+
+
+def round_e4m3(y: Tensor, rounding: str, bits: Tensor | None = None) -> Tensor:
+    """Round to float8_e4m3fn, |y| clamped to 448: to nearest with ties to even, or stochastically with 16 random bits.
+
+    Stochastic: |y| + bits / 2¹⁶ of the distance to the next larger number, rounded down. The mean is y to within 2⁻¹⁶ of
+    that distance, and a number of the format is returned as it is, whatever the bits.
+    """
+    y = y.to(torch.float32)
+    if rounding == "nearest":
+        return y.clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+    a = y.abs()
+    small = a < 2.0**-6  # there the numbers are the multiples of 2⁻⁹, as between 2⁻⁶ and 2⁻⁵
+    # 20 bits of float32's mantissa lie below the format's; with 2⁻⁶ added, of a small one as well.
+    code = (torch.where(small, a + 2.0**-6, a).view(torch.int32) + (bits << 4) >> 20) - 960
+    code = torch.where(small, code - 8, code).clamp(max=0x7E)  # 448; 0x7F would be NaN
+    return torch.where(torch.signbit(y), code - 128, code).to(torch.int8).view(torch.float8_e4m3fn)
 
 
 # ---- quantization
 
 
-def quantization_params(lo: Tensor, hi: Tensor, bits: int, zero: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def quantization_params(
+    lo: Tensor, hi: Tensor, bits: int, zero: str, format: str = "int"
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Scale and zero of the groups of elements whose minimum and maximum are lo and hi (float32 or float64, any shape).
 
     Returns (scale, inv, z, i, offset): a code is round((x - z) * inv + i) less 2**(bits-1) where affine, and
@@ -91,7 +109,7 @@ def quantization_params(lo: Tensor, hi: Tensor, bits: int, zero: str) -> tuple[T
     if zero == "symmetric":
         z = i = nought
         amax = hi  # lo is -hi
-        scale = _at_least_tiny(_divide(amax, shift - 1), amax)
+        scale = _at_least_tiny(_divide(amax, E4M3_MAX if format == "e4m3" else shift - 1), amax)
         scale = torch.where(amax == 0, torch.ones_like(scale), scale)
     elif zero == "min":
         z, i = lo, nought
@@ -136,38 +154,48 @@ def quantize(
     rows: bool = True,
     cols: bool = False,
     sums: bool = False,
+    row_absmax: Tensor | None = None,
 ) -> QTensor:
-    """Quantize a matrix (PTQ, PSQ and their symmetric forms) to int8 codes with q * scale + offset ≈ x * multiplier.
+    """Quantize a matrix (PTQ, PSQ and their symmetric forms) to codes with q * scale + offset ≈ x * multiplier.
 
     Args:
         x: (M, N) floating point, any strides.
-        quantizer: bits, granularity, zero and rounding; its householder flag is not looked at (see `householder`).
+        quantizer: bits or format, granularity, zero and rounding; its householder flag is not looked at (see `householder`).
         multiplier: (M, 1) or (1, N), folded into x before anything else.
         rng, stream, rank: of the stochastic rounding, see `random_bits`.
         rows, cols: whether to return the codes row-major, transposed, or both.
         sums: whether to return the sums of the codes along the rows (if rows) and the columns (if cols).
+        row_absmax: (M,) int32, the largest magnitudes of the rows as the producer of x found them (see `widen_row_absmax`),
+            for a symmetric quantizer per_row without a multiplier.
 
     Returns:
-        QTensor. A NaN or an infinity makes its whole row (per_row), column or tensor dequantize to non-finite values,
-        and leaves the others alone.
+        QTensor of int8 or float8_e4m3fn codes. A NaN or an infinity makes its whole row (per_row), column or tensor
+        dequantize to non-finite values, and leaves the others alone.
     """
     m, n = x.shape
     y = x.to(compute_dtype(x))
     if multiplier is not None:
         y = y * multiplier.to(y.dtype)
-    lo, hi = _range(y, quantizer)
-    scale, inv, z, i, offset = quantization_params(lo, hi, quantizer.bits, quantizer.zero)
-    y = (y - z) * inv + i
+    if row_absmax is None:
+        lo, hi = _range(y, quantizer)
+    else:
+        hi = row_absmax.view(torch.float32)[:, None].to(y.dtype)
+        lo = -hi
+    e4m3 = quantizer.format == "e4m3"
+    scale, inv, z, i, offset = quantization_params(lo, hi, quantizer.bits, quantizer.zero, quantizer.format)
+    y = y * inv if quantizer.zero == "symmetric" else (y - z) * inv + i
     y = y.nan_to_num(0.0)  # NaN has no code; the scale carries it
     bits = random_bits(rng, m, n, stream=stream, rank=rank) if quantizer.rounding == "stochastic" else None
-    q = round_codes(y, quantizer.rounding, bits)
-    shift = 2 ** (quantizer.bits - 1)
     symmetric = quantizer.zero == "symmetric"
-    q = q.clamp(1 - shift, shift - 1) if symmetric else q.clamp(0, 2 * shift - 1) - shift
-    q = q.to(torch.int8)
+    if e4m3:
+        q = round_e4m3(y, quantizer.rounding, bits)
+    else:
+        q = round_codes(y, quantizer.rounding, bits)
+        shift = 2 ** (quantizer.bits - 1)
+        q = (q.clamp(1 - shift, shift - 1) if symmetric else q.clamp(0, 2 * shift - 1) - shift).to(torch.int8)
     return QTensor(
         q=q if rows else None,
-        qt=q.t().clone(memory_format=torch.contiguous_format) if cols else None,
+        qt=q.view(torch.int8).t().clone(memory_format=torch.contiguous_format).view(q.dtype) if cols else None,
         scale=scale,
         offset=None if symmetric else offset,
         row_sum=q.sum(1, dtype=torch.int32) if sums and rows else None,
@@ -187,7 +215,23 @@ def _range(y: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor]:
     return y.amin(dims, keepdim=True), y.amax(dims, keepdim=True)
 
 
-# ---- integer matrix products
+def widen_row_absmax(row_absmax: Tensor, c: Tensor) -> None:
+    """Let row_absmax (M,) int32 cover the rows of c (M, N): the bits of max |c| in float32, whose order is the numbers'.
+
+    NaN is above infinity. Initially all 0, or the least int32.
+    """
+    if c.shape[1]:
+        row_absmax.copy_(torch.maximum(row_absmax, c.abs().float().view(torch.int32).amax(1)))
+
+
+# ---- matrix products of codes
+
+
+def codes_mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """The product A Bᵀ of codes in a floating dtype: exact before the conversion for int8, summed in dtype for e4m3."""
+    if a.dtype == torch.int8:
+        return int_mm(a, b).to(dtype)
+    return mm(a.to(dtype), b.to(dtype).t())
 
 
 def int_mm(a: Tensor, b: Tensor) -> Tensor:
@@ -226,7 +270,7 @@ def scaled_mm(a: Operand, b: Operand, bias: Tensor | None = None, out_dtype: tor
     """
     dtype = a.scale.dtype
     k = a.q.shape[1]
-    out = int_mm(a.q, b.q).to(dtype) * a.scale[:, None]
+    out = codes_mm(a.q, b.q, dtype) * a.scale[:, None]
     if b.scale is not None:
         out = out * b.scale[None, :]
     if a.offset is not None:

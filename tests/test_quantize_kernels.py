@@ -4,6 +4,7 @@ import itertools
 import math
 
 import fqt_kernels.quantize as kernels
+import fqt_kernels.statistics as statistics
 import laws
 import pytest
 import torch
@@ -22,6 +23,7 @@ SMALL_TILE = (32, 32, 1)  # several tiles from a small matrix: the interpreter n
 # 1, primes, one below and above a block of SMALL_TILE, rows that fill 8 lanes of random bits or do not.
 SHAPES = [(1, 1), (1, 33), (33, 1), (2, 3), (31, 32), (32, 31), (7, 64), (31, 8), (33, 47), (5, 65), (13, 29), (32, 32)]
 LAYOUTS = ("contiguous", "transposed", "strided", "one row", "one column")
+KERNELS = ["tile", "rows", "long_rows"]
 INTERPRETED = not torch.cuda.is_available()
 WAYS = [(g, z, r) for r in ROUNDINGS for z in ZEROS for g in GRANULARITIES]
 
@@ -30,7 +32,8 @@ WAYS = [(g, z, r) for r in ROUNDINGS for z in ZEROS for g in GRANULARITIES]
 def memory(monkeypatch):
     """In every test what the launchers allocate lies between guard bands, and what they leave unwritten is poison."""
     guarded = laws.GuardedTorch()
-    monkeypatch.setattr(kernels, "torch", guarded)
+    for module in (kernels, statistics):
+        monkeypatch.setattr(module, "torch", guarded)
     yield guarded
     guarded.check()
 
@@ -51,7 +54,7 @@ def matrix(m, n, dtype, layout="contiguous", seed=0, device="cpu", factor=1.0):
 
 def launch(x, quantizer, *, rng, stream=0, rank=0, sums=True, **kwargs):
     """The kernels, with transposed codes unless a single read, which may refuse them, is asked for."""
-    kwargs.setdefault("cols", kwargs.get("single_read") is not True)
+    kwargs.setdefault("cols", kwargs.get("kernel") != "rows")
     return kernels.quantize(
         x, bits=quantizer.bits, granularity=quantizer.granularity, zero=quantizer.zero,
         rng=rng.to(x.device) if quantizer.rounding == "stochastic" else None,
@@ -62,7 +65,7 @@ def launch(x, quantizer, *, rng, stream=0, rank=0, sums=True, **kwargs):
 def assert_equals_reference(x, quantizer, *, multiplier=None, step=3, stream=1, rank=2, **kwargs):
     """Codes, scales, offsets and sums of the kernels, to the last bit; transposed codes too if `launch` asks for them."""
     rng = laws.random_state(5, step)
-    kwargs.setdefault("cols", kwargs.get("single_read") is not True)
+    kwargs.setdefault("cols", kwargs.get("kernel") != "rows")
     expected = reference.quantize(
         x.cpu(), quantizer, multiplier=None if multiplier is None else multiplier.cpu(),
         rng=rng, stream=stream, rank=rank, cols=kwargs["cols"], sums=True,
@@ -82,18 +85,42 @@ def test_the_tile_kernel_is_the_reference(way, device):
     for i in range(WAYS.index(way) % 2, len(SHAPES), 2):
         bits, dtype, layout = (8, 2, 5)[i % 3], DTYPES[i // 3 % 3], LAYOUTS[i % 5]
         x = matrix(*SHAPES[i], dtype, layout, i, device)
-        assert_equals_reference(x, Quantizer(bits, *way), single_read=False, tile=SMALL_TILE)
+        assert_equals_reference(x, Quantizer(bits, *way), kernel="tile", tile=SMALL_TILE)
 
 
 @pytest.mark.parametrize("way", [w for w in WAYS if w[0] == "per_row"], ids="-".join)
-def test_the_single_read_kernel_is_the_reference(way, device):
-    """Over all shapes; with transposed codes where rows and columns are whole multiples of 16."""
+def test_the_kernels_of_whole_rows_are_the_reference(way, device):
+    """Over all shapes; with transposed codes from a single read where rows and columns are whole multiples of 16."""
     for i, (m, n) in enumerate(SHAPES):
         x = matrix(m, n, DTYPES[i // 3 % 3], LAYOUTS[i % 5], i, device)
-        assert_equals_reference(x, Quantizer((8, 3, 6)[i % 3], *way), single_read=True)
+        assert_equals_reference(x, Quantizer((8, 3, 6)[i % 3], *way), kernel="rows")
+        assert_equals_reference(x, Quantizer((6, 8, 3)[i % 3], *way), kernel="long_rows", tile=SMALL_TILE)
     for i, (m, n) in enumerate([(16, 16), (48, 32), (16, 48), (64, 16)]):
         x = matrix(m, n, DTYPES[i % 3], seed=i, device=device)
-        assert_equals_reference(x, Quantizer((8, 3, 6)[i % 3], *way), single_read=True, cols=True)
+        assert_equals_reference(x, Quantizer((8, 3, 6)[i % 3], *way), kernel="rows", cols=True)
+
+
+@pytest.mark.parametrize(
+    "kernel, granularity", [("tile", g) for g in GRANULARITIES] + [("rows", "per_row"), ("long_rows", "per_row")]
+)
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_e4m3_codes_are_the_reference(kernel, granularity, rounding, device):
+    """To the last bit of the format, subnormals and the largest number included."""
+    for i, (m, n) in enumerate([(33, 47), (16, 64), (1, 9)]):
+        x = matrix(m, n, DTYPES[i % 3], "strided", i, device) * torch.logspace(-6, 0, n, device=device).to(
+            DTYPES[i % 3]
+        )
+        quantizer = Quantizer(8, granularity, "symmetric", rounding, format="e4m3")
+        rng = laws.random_state(5, 3).to(device) if rounding == "stochastic" else None
+        expected = reference.quantize(x.cpu(), quantizer, rng=laws.random_state(5, 3), cols=kernel != "rows")
+        out = kernels.quantize(
+            x, bits=8, granularity=granularity, zero="e4m3", rng=rng,
+            cols=kernel != "rows", kernel=kernel, tile=SMALL_TILE,
+        )  # fmt: skip
+        for name, a, e in zip(FIELDS, out, expected, strict=True):
+            codes = [t.view(torch.int8) if t is not None and t.dtype == torch.float8_e4m3fn else t for t in (a, e)]
+            laws.assert_same(*codes, name)
+        assert out[0].dtype == torch.float8_e4m3fn and float(out[0].float().abs().max()) == 448
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -129,9 +156,9 @@ def test_the_multiplier_is_folded_in_before_anything_else(granularity, shape, de
         x = matrix(m, n, torch.float32, "strided", device=device)
         for rounding in ROUNDINGS:
             quantizer = Quantizer(7, granularity, zero, rounding)
-            assert_equals_reference(x, quantizer, multiplier=mul, single_read=False, tile=SMALL_TILE)
+            assert_equals_reference(x, quantizer, multiplier=mul, kernel="tile", tile=SMALL_TILE)
             if granularity == "per_row":
-                assert_equals_reference(x, quantizer, multiplier=mul, single_read=True)
+                assert_equals_reference(x, quantizer, multiplier=mul, kernel="rows")
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -161,12 +188,81 @@ def test_every_tiling_gives_the_same_codes(granularity, rounding, device):
     """Random bits belong to an element, ranges to a group: replay does not depend on the launch."""
     x = matrix(40, 45, torch.float32, "strided", device=device)
     quantizer = Quantizer(4, granularity, "grid", rounding)
-    outs = [assert_equals_reference(x, quantizer, single_read=False, tile=tile) for tile in TILES]
+    outs = [assert_equals_reference(x, quantizer, kernel="tile", tile=tile) for tile in TILES]
     for out in outs[1:]:
         for a, b in zip(out, outs[0], strict=True):
             laws.assert_same(a, b)
     if granularity == "per_row":
-        laws.assert_same(assert_equals_reference(x, quantizer, single_read=True)[0], outs[0][0])
+        laws.assert_same(assert_equals_reference(x, quantizer, kernel="rows")[0], outs[0][0])
+        for tile in TILES:
+            laws.assert_same(assert_equals_reference(x, quantizer, kernel="long_rows", tile=tile)[0], outs[0][0])
+
+
+@pytest.mark.parametrize("programs", [1, 2, 3, 7])
+def test_long_rows_do_not_depend_on_how_many_programs_walk_over_them(programs, device, monkeypatch):
+    monkeypatch.setattr(kernels, "long_rows_programs", lambda x, block_m: programs)
+    x = matrix(45, 70, torch.float32, device=device)
+    assert_equals_reference(x, Quantizer(8, "per_row", "min", "stochastic"), kernel="long_rows", tile=(8, 16, 1))
+
+
+def test_the_programs_that_walk_over_long_rows_have_them_in_half_the_l2_together():
+    processors, l2 = kernels.processors_and_l2(torch.device("meta"))
+    for n in (1, 1000, 4096, 14336, 28672, 500_000):
+        x = torch.empty(10**6, n, dtype=torch.bfloat16, device="meta")
+        programs = kernels.long_rows_programs(x, 16)
+        together = programs * 16 * 2 * n
+        assert programs >= processors and (programs == processors or together <= l2 / 2), n
+        more = programs + processors
+        assert more > kernels.LONG_ROWS_PROGRAMS * processors or more * 16 * 2 * n > l2 / 2, n
+    assert kernels.long_rows_programs(torch.empty(33, 4096, device="meta"), 16) == 3
+
+
+@pytest.mark.parametrize("m, n, strides, transposed, kernel", [
+    (4096, 16384, (16384, 1), False, "rows"), (4096, 16385, (16385, 1), False, "long_rows"),
+    (4096, 1024, (1024, 1), True, "rows"), (4095, 1024, (1024, 1), True, "long_rows"),
+    (4096, 1025, (1025, 1), True, "long_rows"), (4096, 1024, (1, 4096), False, "tile"),
+    (4, 2**30, (2**31, 2), False, "tile"), (2**20, 4096, (4096, 1), True, "long_rows"),
+])  # fmt: skip
+def test_the_kernel_follows_from_the_shape(m, n, strides, transposed, kernel):
+    x = torch.empty(1, device="meta", dtype=torch.bfloat16).as_strided((1, 1), (1, 1)).as_strided((m, n), strides)
+    assert kernels.choose_kernel(x, "per_row", transposed, False) == kernel
+    assert kernels.choose_kernel(x, "per_row", transposed, True) == "tile"
+    assert kernels.choose_kernel(x, "per_tensor", transposed, False) == "tile"
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("parts", [1, 3, 40])
+def test_ranges_that_the_producer_found_give_the_same_codes(rounding, parts, device):
+    """Partial extremes in any number of parts; those of a wider range give wider bins, as they must."""
+    x = matrix(21, 40, torch.float32, device=device)
+    for granularity, zero in (
+        ("per_row", "symmetric"),
+        ("per_row", "min"),
+        ("per_column", "symmetric"),
+        ("per_tensor", "grid"),
+    ):
+        quantizer = Quantizer(8, granularity, zero, rounding)
+        found = statistics.row_stats(x, granularity, zero == "symmetric")
+        lowest = torch.full(
+            (found.shape[0], parts - 1, found.shape[2]), statistics.LOWEST, dtype=torch.int32, device=device
+        )
+        assert_equals_reference(x, quantizer, stats=torch.cat([lowest, found], 1))
+    wide = (2 * x).abs().amax(1).view(torch.int32)[None, None]
+    q, _, scale, *_ = launch(x, Quantizer(8, "per_row", "symmetric"), rng=laws.random_state(), stats=wide)
+    _, _, half, *_ = launch(x, Quantizer(8, "per_row", "symmetric"), rng=laws.random_state())
+    nonzero = x.abs().amax(1) > 0
+    assert torch.equal(scale[nonzero], 2 * half[nonzero]) and q.abs().max() == 64
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_values_outside_of_a_range_that_was_given_take_the_last_code(rounding, device):
+    x = matrix(16, 40, torch.float32, device=device)
+    narrow = (x.abs().amax(1) / 4).view(torch.int32)[None, None]
+    rng = laws.random_state().to(device) if rounding == "stochastic" else None
+    for zero, largest in (("symmetric", 127.0), ("e4m3", 448.0)):
+        q, _, scale, *_ = kernels.quantize(x, bits=8, granularity="per_row", zero=zero, stats=narrow, rng=rng)
+        beyond = x.abs() > 1.01 * largest * scale
+        assert beyond.any() and torch.equal(q.float()[beyond], largest * x.sign()[beyond])
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -174,11 +270,11 @@ def test_every_tiling_gives_the_same_codes(granularity, rounding, device):
 @pytest.mark.parametrize("programs", [1, 5, 1000])
 def test_ranges_do_not_depend_on_how_they_are_gathered(granularity, zero, programs, device, monkeypatch):
     """One program for a row of blocks or one for each block, in both orientations."""
-    monkeypatch.setattr(kernels, "STATS_MIN_PROGRAMS", programs)
-    monkeypatch.setattr(kernels, "STATS", {"rows": (4, 16, 1), "cols": (16, 8, 1)})
+    monkeypatch.setattr(statistics, "STATS_MIN_PROGRAMS", programs)
+    monkeypatch.setattr(statistics, "STATS", {"rows": (4, 16, 1), "cols": (16, 8, 1)})
     for layout in ("contiguous", "transposed"):
         x = matrix(13, 53, torch.float32, layout, device=device)
-        assert_equals_reference(x, Quantizer(8, granularity, zero), single_read=False, tile=(64, 64, 1))
+        assert_equals_reference(x, Quantizer(8, granularity, zero), kernel="tile", tile=(64, 64, 1))
 
 
 @pytest.mark.parametrize("n", [16383, 16384, 16385])
@@ -197,17 +293,22 @@ def test_long_rows_are_the_reference_on_either_side_of_a_single_read(n, device):
     "shape, granularity, cols",
     [((2, 16385), "per_row", False), ((16, 1040), "per_row", True), ((4, 4), "per_tensor", False)],
 )
-def test_a_single_read_is_refused_where_rows_do_not_fit(shape, granularity, cols, device):
+def test_a_kernel_of_whole_rows_is_refused_where_it_cannot_have_them(shape, granularity, cols, device):
     """Longer than a program holds, 16 of them longer, or not per row."""
-    with pytest.raises(ValueError, match="single read"):
+    with pytest.raises(ValueError, match="finds the ranges of whole rows"):
         kernels.quantize(
             torch.ones(shape, device=device),
             bits=8,
             granularity=granularity,
             zero="symmetric",
             cols=cols,
-            single_read=True,
+            kernel="rows",
         )
+
+
+def test_an_unknown_kernel_is_refused(device):
+    with pytest.raises(ValueError, match="'row'"):
+        kernels.quantize(torch.ones(4, 4, device=device), bits=8, granularity="per_row", zero="symmetric", kernel="row")
 
 
 def test_rows_of_a_program_fit_and_transposed_ones_are_written_in_16_bytes():
@@ -235,18 +336,16 @@ def test_key_step_stream_and_rank_reach_the_random_bits(device):
     for key, step, stream, rank in words:
         rng = torch.tensor([key, step])
         expected = reference.quantize(x.cpu(), quantizer, rng=rng, stream=stream, rank=rank, cols=True, sums=True)
-        for single_read in (True, False):
-            out = launch(
-                x, quantizer, rng=rng, stream=stream, rank=rank, single_read=single_read, cols=True, tile=SMALL_TILE
-            )
+        for kernel in KERNELS:
+            out = launch(x, quantizer, rng=rng, stream=stream, rank=rank, kernel=kernel, cols=True, tile=SMALL_TILE)
             for name, a, e in zip(FIELDS, out, expected, strict=True):
                 laws.assert_same(a, e, name)
         assert all(not torch.equal(expected.q, q) for q in seen)
         seen.append(expected.q)
 
 
-@pytest.mark.parametrize("single_read", [False, True])
-def test_stochastic_rounding_steps_up_exactly_at_the_random_bits(single_read, device):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_stochastic_rounding_steps_up_exactly_at_the_random_bits(kernel, device):
     """Bins of width 1, and every value a quarter of 2⁻¹⁶ below or three quarters below where its own bits carry."""
     m, n = 16, 40
     quantizer, rng = Quantizer(8, "per_row", "min", "stochastic"), laws.random_state(12)
@@ -255,7 +354,7 @@ def test_stochastic_rounding_steps_up_exactly_at_the_random_bits(single_read, de
     for below, step in ((0.25, 1), (0.75, 0)):
         x = integer + (65536 - bits - below) / 65536  # 2 bits, 16 and 2 more: exact in float32
         x[:, 0], x[:, -1] = 0, 255  # so that scale and its inverse are 1
-        q, *_ = launch(x.to(device), quantizer, rng=rng, single_read=single_read, tile=SMALL_TILE)
+        q, *_ = launch(x.to(device), quantizer, rng=rng, kernel=kernel, tile=SMALL_TILE)
         assert torch.equal(q.cpu()[:, 1:-1] + 128, (integer + step)[:, 1:-1])
 
 
@@ -301,10 +400,12 @@ def test_a_non_finite_value_makes_its_group_non_finite_and_no_other(granularity,
     hit = torch.zeros(11, 13, dtype=torch.bool)
     hit[{"per_tensor": (slice(None),), "per_row": (10,), "per_column": (slice(None), 12)}[granularity]] = True
     rng = laws.random_state(2)
-    for single_read, rounding in zip([False] + [True] * (granularity == "per_row"), ROUNDINGS, strict=False):
+    for kernel, rounding in zip(
+        KERNELS if granularity == "per_row" else ["tile"], (*ROUNDINGS, "nearest"), strict=False
+    ):
         quantizer = Quantizer(8, granularity, zero, rounding)
         before = reference.quantize(clean, quantizer, rng=rng)
-        q, _, scale, offset, *_ = launch(x.to(device), quantizer, rng=rng, single_read=single_read, tile=SMALL_TILE)
+        q, _, scale, offset, *_ = launch(x.to(device), quantizer, rng=rng, kernel=kernel, tile=SMALL_TILE)
         out = (q * scale if offset is None else q * scale + offset).cpu()
         assert not bool(torch.isfinite(out[hit]).any())
         assert torch.equal(out[~hit], before.dequantize()[~hit])
@@ -335,17 +436,17 @@ def test_values_at_the_edges_are_the_reference(kind, device):
     x = EDGES[kind](torch.randn(11, 13, generator=torch.Generator().manual_seed(9))).to(device)
     for way in WAYS[list(EDGES).index(kind) % 2 :: 2]:
         quantizer = Quantizer(2 if kind in ("large", "one tiny negative") else 8, *way)
-        assert_equals_reference(x, quantizer, single_read=False, tile=SMALL_TILE)
+        assert_equals_reference(x, quantizer, kernel="tile", tile=SMALL_TILE)
         if way[0] == "per_row":
-            assert_equals_reference(x, quantizer, single_read=True)
+            assert_equals_reference(x, quantizer, kernel="rows")
 
 
 @pytest.mark.parametrize("zero", ["grid", "min"])
-@pytest.mark.parametrize("single_read", [False, True])
-def test_codes_stay_in_range_where_rounding_overshoots(zero, single_read, device):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_codes_stay_in_range_where_rounding_overshoots(zero, kernel, device):
     """One code further would not be an int8, and wrap around to the other end."""
     x, rng = laws.overshooting(zero)
-    q, *_ = launch(x.to(device), Quantizer(8, "per_row", zero, "stochastic"), rng=rng, single_read=single_read)
+    q, *_ = launch(x.to(device), Quantizer(8, "per_row", zero, "stochastic"), rng=rng, kernel=kernel)
     assert torch.equal(q.cpu().int(), torch.where(x > 0, 127, -128).int())
 
 
@@ -372,11 +473,14 @@ def test_every_output_is_written_and_nothing_outside_of_it(granularity, device, 
     """Two poisons give the same results, equal to the reference, and the guard bands around them stay."""
     for (m, n), zero in zip([(1, 1), (33, 31), (31, 8), (5, 64)], [*ZEROS, "grid"], strict=True):
         x = matrix(m, n, torch.float32, "strided", device=device)
-        for poison, single_read in zip((0x5A, 0xA5), (False, granularity == "per_row"), strict=True):
+        for poison, kernel in zip(
+            (0x5A, 0xA5, 0x5A), KERNELS if granularity == "per_row" else ["tile"] * 3, strict=True
+        ):
             memory = laws.GuardedTorch(poison)
-            monkeypatch.setattr(kernels, "torch", memory)
+            for module in (kernels, statistics):
+                monkeypatch.setattr(module, "torch", memory)
             quantizer = Quantizer(8, granularity, zero, "stochastic")
-            out = assert_equals_reference(x, quantizer, single_read=single_read, tile=SMALL_TILE)
+            out = assert_equals_reference(x, quantizer, kernel=kernel, tile=SMALL_TILE)
             memory.check()
             assert memory.made >= sum(t is not None for t in out)
 
@@ -389,14 +493,14 @@ def test_the_input_is_left_alone(device):
     assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize("granularity, single_read", [("per_row", True), ("per_row", False), ("per_column", False)])
-def test_wide_offsets_are_the_reference(granularity, single_read, device, monkeypatch):
+@pytest.mark.parametrize("granularity, kernel", [*(("per_row", k) for k in KERNELS), ("per_column", "tile")])
+def test_wide_offsets_are_the_reference(granularity, kernel, device, monkeypatch):
     """The variant for rows so far apart that 32 bits cannot say how far, on a matrix that does not need it."""
     monkeypatch.setattr(kernels, "is_wide", lambda *spans: True)
     x = matrix(33, 47, torch.float32, "strided", device=device)
     mul = torch.rand(1, 47, generator=torch.Generator().manual_seed(0)).to(device)
     quantizer = Quantizer(8, granularity, "grid", "stochastic")
-    assert_equals_reference(x, quantizer, multiplier=mul, single_read=single_read, tile=SMALL_TILE)
+    assert_equals_reference(x, quantizer, multiplier=mul, kernel=kernel, tile=SMALL_TILE)
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -408,7 +512,7 @@ def test_elements_may_be_2_to_the_31_apart(axis, device):
     view.copy_(x)
     x, view = (x, view) if axis == 0 else (x.t(), view.t())
     for granularity in ("per_row", "per_column"):
-        a = launch(view, Quantizer(8, granularity, "min"), rng=laws.random_state(), single_read=False)
+        a = launch(view, Quantizer(8, granularity, "min"), rng=laws.random_state(), kernel="tile")
         for got, expected in zip(
             a, reference.quantize(x.cpu(), Quantizer(8, granularity, "min"), cols=True, sums=True), strict=True
         ):
@@ -429,11 +533,9 @@ def test_codes_repeat_for_the_same_step_and_differ_for_the_next(device):
 @given(
     m=st.integers(1, 40), n=st.integers(1, 70), dtype=st.sampled_from(DTYPES), layout=st.sampled_from(LAYOUTS),
     way=st.sampled_from(WAYS), bits=st.integers(2, 8), tile=st.sampled_from(TILES), exponent=st.integers(-140, 120),
-    multiplier=st.sampled_from([None, "row", "column"]), single_read=st.booleans(), seed=st.integers(0, 2**32 - 1),
+    multiplier=st.sampled_from([None, "row", "column"]), kernel=st.sampled_from(KERNELS), seed=st.integers(0, 2**32 - 1),
 )  # fmt: skip
-def test_any_matrix_is_the_reference(
-    m, n, dtype, layout, way, bits, tile, exponent, multiplier, single_read, seed, device
-):
+def test_any_matrix_is_the_reference(m, n, dtype, layout, way, bits, tile, exponent, multiplier, kernel, seed, device):
     # float16 cannot hold such powers, and the interpreter reads bfloat16 below the normal numbers as zero.
     limit = {torch.float16: 0, torch.bfloat16: 100 if INTERPRETED else 140, torch.float32: 140}[dtype]
     x = matrix(m, n, dtype, layout, seed, device, factor=2.0 ** max(min(exponent, limit), -limit))
@@ -442,7 +544,7 @@ def test_any_matrix_is_the_reference(
         mul = torch.rand((m, 1) if multiplier == "row" else (1, n), generator=torch.Generator().manual_seed(1)).to(
             device
         )
-    single_read = single_read and way[0] == "per_row"
+    kernel = kernel if way[0] == "per_row" else "tile"
     assert_equals_reference(
         x,
         Quantizer(bits, *way),
@@ -450,6 +552,6 @@ def test_any_matrix_is_the_reference(
         step=seed,
         stream=seed % 256,
         rank=seed % 1000,
-        single_read=single_read,
+        kernel=kernel,
         tile=tile,
     )

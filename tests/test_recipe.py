@@ -36,7 +36,7 @@ def test_bits_may_be_written_after_a_dash():
 
 
 @pytest.mark.parametrize(
-    "spec", ["", "psq", "psq9", "psq1", "psq-05", "psq--5", "PSQ5", "int-8", "bhq 4", "qat", "fp8"]
+    "spec", ["", "psq", "psq9", "psq1", "psq-05", "psq--5", "PSQ5", "int-8", "bhq 4", "qat", "fp16"]
 )
 def test_an_unknown_name_lists_the_valid_ones(spec):
     with pytest.raises(ValueError) as e:
