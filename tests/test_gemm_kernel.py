@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from products import INTERPRETED, codes, gpu_family, launch, pair
 
 from fqt import reference
 from fqt.qtensor import Operand
@@ -17,8 +18,6 @@ from fqt.recipe import Quantizer
 # Of the interpreter's NumPy, where infinities and NaN are meant.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 
-INTERPRETED = not torch.cuda.is_available()
-CONFIG = (32, 32, 64, 4, 2)
 LONG = (16, 16, 512, 4, 2)  # for long sums: the interpreter's cost is per block of K
 # (M, N, K): nothing to sum, 1, primes, one below and above a block, K on and off multiples of 16 and of BLOCK_K.
 SHAPES = [
@@ -38,54 +37,6 @@ def memory(monkeypatch):
     monkeypatch.setattr(kernels, "torch", guarded)
     yield guarded
     guarded.check()
-
-
-def codes(m, k, seed, extreme=False):
-    """int8 codes; extreme ones are -128 and 127 at random, a row of all -128, one of all 127, one of -128 but for a 1."""
-    g = torch.Generator().manual_seed(seed)
-    if not extreme:
-        return torch.randint(-128, 128, (m, k), generator=g, dtype=torch.int8)
-    q = torch.where(torch.rand(m, k, generator=g) < 0.5, -128, 127).to(torch.int8)
-    q[0], q[1:2], q[2:3] = -128, 127, -128
-    q[2:3, :1] = 1
-    return q
-
-
-def operand(q, granularity="per_row", offset=False, offset_granularity=None, seed=0, sums=True):
-    """An operand with these codes and scales and offsets of many magnitudes."""
-    g = torch.Generator().manual_seed(seed + 100)
-
-    def vector(kind, spread):
-        n = q.shape[0] if kind == "per_row" else 1
-        return torch.exp(spread * torch.randn(n, generator=g)) * torch.where(
-            torch.rand(n, generator=g) < 0.5, -1.0, 1.0
-        )
-
-    scale = None if granularity == "none" else vector(granularity, 2.0).abs()
-    return Operand(
-        q,
-        scale,
-        vector(offset_granularity or granularity, 2.0) if offset else None,
-        q.sum(1, dtype=torch.int32) if sums else None,
-    )
-
-
-def launch(a, b, bias=None, out_dtype=torch.float32, config=CONFIG, device="cpu"):
-    def move(t):
-        return None if t is None else t.to(device)
-
-    return kernels.scaled_mm(
-        move(a.q), move(b.q), move(a.scale), move(b.scale), a_offset=move(a.offset), b_offset=move(b.offset),
-        a_sum=move(a.sum), b_sum=move(b.sum), bias=move(bias), out_dtype=out_dtype, config=config,
-    )  # fmt: skip
-
-
-def pair(m, n, k, epilogue=("per_row", False, "per_row", False), seed=0, extreme=False):
-    ga, oa, gb, ob = epilogue
-    return (
-        operand(codes(m, k, seed, extreme), ga, oa, seed=seed),
-        operand(codes(n, k, seed + 1, extreme), gb, ob, "per_tensor", seed + 1),
-    )
 
 
 # ---- equal to the reference
@@ -165,6 +116,15 @@ def test_every_tiling_gives_the_same_bits(device):
         laws.assert_same(launch(a, b, config=config, device=device), expected, str(config))
 
 
+@pytest.mark.parametrize("config", [(16, 64, 32, 1, 1), (64, 64, 32, 1, 1), (32, 128, 32, 1, 1)], ids=str)
+@pytest.mark.parametrize("n", [1, 48, 61, 64, 130])
+def test_columns_in_chunks_give_the_same_bits(config, n, device):
+    """4 chunks; of 32 elements a thread 2, or 1 of aligned rows; some of them beyond the last column."""
+    a, b = pair(35, n, 48, ("per_row", True, "per_row", True))
+    bias = torch.randn(n)
+    laws.assert_same(launch(a, b, bias, config=config, device=device), reference.scaled_mm(a, b, bias))
+
+
 TABLE = [
     (family, config)
     for family in kernels.CONFIGS
@@ -179,12 +139,6 @@ def test_every_configuration_of_the_table_gives_the_same_bits(family, config, de
         pytest.skip(f"configurations of {family}, on {gpu_family()}")
     a, b = pair(130, 70, 144, ("per_row", True, "per_tensor", True))
     laws.assert_same(launch(a, b, config=config, device=device), reference.scaled_mm(a, b))
-
-
-def gpu_family():
-    if torch.version.hip:
-        return "amd"
-    return {9: "sm90", 10: "sm100"}.get(torch.cuda.get_device_capability()[0], "sm80")
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 8])
