@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import __version__, dispatch
 from .cli import table
-from .selftest import Check, kernel_checks, layer_checks, reference_checks
+from .selftest import Check, formats_with_kernels, kernel_checks, layer_checks, reference_checks
 
 
 def run() -> dict[str, Any]:
@@ -147,9 +147,7 @@ def _kernels_run() -> tuple[str, torch.device, str]:
         return "not run", cpu, "no GPU: kernels not run on hardware; the CPU reference backend is used"
     gpu = torch.device("cuda", torch.cuda.current_device())
     choice = dispatch.select(dispatch.problem("scaled_mm", gpu, 128, 128, 128))
-    if choice.backend == "refused":
-        return "not run", cpu, f"not run: {choice.reason}"
-    if choice.backend == "reference":
+    if not formats_with_kernels(gpu):
         return "not run", gpu, f"not run: {choice.reason}"
     if c_compiler() is None:
         return "not run", gpu, "not run: Triton needs a C compiler (gcc, clang, or CC) and found none"
@@ -164,9 +162,8 @@ def _choices() -> list[dict[str, str]]:
     choices = []
     for op, m, n, k in problems:
         choice = dispatch.select(dispatch.problem(op, device, m, n, k))
-        config = f" {choice.config}" if choice.config else ""
         shape = f"{m}x{n}" + (f"x{k}" if k else "")
-        choices.append({"op": op, "shape": shape, "backend": f"{choice.backend}{config}", "reason": choice.reason})
+        choices.append({"op": op, "shape": shape, "backend": str(choice).partition(":")[0], "reason": choice.reason})
     return [
         *choices,
         {"op": "householder", "shape": "any", "backend": "torch", "reason": "no kernel for BHQ's transform"},

@@ -39,7 +39,13 @@ class Linear(nn.Linear):
     the input is kept as int8 codes, transposed; in evaluation, or where nothing needs a gradient, nothing is kept.
 
     Args:
-        recipe: a name such as "psq5" or a `fqt.Recipe`. The other arguments are those of `nn.Linear`.
+        recipe: a name such as "psq5" or a `fqt.Recipe`.
+        fuse_grad_accumulation: where the weight has a gradient already, wgrad's kernel adds to it, rounding once, instead
+            of making another that autograd then adds. The addition stays autograd's where someone waits to be told of the
+            gradient or to be given it (hooks on the parameter, torch.distributed, `torch.autograd.grad`, create_graph),
+            under torch.compile, beside the default stream, and for a gradient of another layout or dtype. Only hooks on
+            the parameter's AccumulateGrad node go unseen: they are called with None.
+        The other arguments are those of `nn.Linear`.
 
     Raises (forward):
         TypeError: an input that is not floating point, or of another dtype than the weight.
@@ -50,18 +56,20 @@ class Linear(nn.Linear):
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None, *,
-                 recipe: str | Recipe = "int8") -> None:  # fmt: skip
+                 recipe: str | Recipe = "int8", fuse_grad_accumulation: bool = False) -> None:  # fmt: skip
         global _built
         recipe = Recipe.parse(recipe)
         super().__init__(in_features, out_features, bias, device, dtype)
         _built += 1
         self._become_quantized(recipe, "", f"fqt.nn.Linear {_built}")
+        self.fuse_grad_accumulation = fuse_grad_accumulation
 
     def _become_quantized(self, recipe: Recipe, name: str, key_name: str) -> None:
         """Take on a recipe, the name that errors call the layer by, and the name its random key is made of."""
         self._fqt_cache: _Cached | None = None
         self._fqt_name, self._fqt_key_name = name, key_name
         self.recipe = recipe
+        self.fuse_grad_accumulation = False
         device = self.weight.device
         self.register_buffer("_fqt_rng", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
         rng.register(self)
@@ -91,7 +99,7 @@ class Linear(nn.Linear):
         w = self._quantized_weight(transposed=training and input.requires_grad)
         y = ops.linear(
             x, self.weight, self.bias, w.q, w.qt, w.scale, w.offset, w.row_sum, w.col_sum, self._fqt_rng,
-            self._fqt_spec, out_dtype, save_x,
+            self._fqt_spec, out_dtype, save_x, self.fuse_grad_accumulation and not torch.compiler.is_compiling(),
         )[0]  # fmt: skip
         return y.reshape(*lead, self.out_features)
 
@@ -115,10 +123,11 @@ class Linear(nn.Linear):
         return x.dtype
 
     def _say_fallback(self, x: Tensor) -> None:
-        choice = select(problem("quantize", x.device, 1, 1, dtype=x.dtype))
-        if choice.backend == "reference" and choice.reason != "asked for" and choice.reason not in _said:
+        choice = select(problem("scaled_mm", x.device, 128, 128, 128, x.dtype, format=self._fqt_recipe.format))
+        if choice.fallback and choice.reason not in _said:
             _said.add(choice.reason)
-            warnings.warn(f"fqt: {self.label} runs without Triton kernels on {x.device}: {choice.reason}", stacklevel=4)
+            how = "without Triton kernels" if choice.backend == "reference" else "below the speed of the GPU"
+            warnings.warn(f"fqt: {self.label} runs {how} on {x.device}: {choice.reason}", stacklevel=4)
 
     def _quantized_weight(self, transposed: bool) -> QTensor:
         """The weight's codes, from the cache where the parameter is the same and unchanged; both layouts if transposed."""
@@ -174,6 +183,7 @@ class Linear(nn.Linear):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("fuse_grad_accumulation", False)  # of a layer that was pickled before there was one
         rng.register(self)
 
 

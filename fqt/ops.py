@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from . import reference, rng
-from .dispatch import Choice, problem, select
+from .dispatch import Choice, device_info, problem, select
 from .householder import Householder
 from .qtensor import Operand, QTensor
 from .recipe import Quantizer, Recipe
@@ -24,11 +24,8 @@ DGRAD, WGRAD = 0, 1  # streams: the two quantizations of one dY draw bits of the
 _DEVICES = ("cpu", "cuda")
 
 
-def _choose(op: str, device: torch.device, m: int, n: int, k: int = 0, dtype: torch.dtype | None = None) -> Choice:
-    choice = select(problem(op, device, m, n, k, dtype))
-    if choice.backend == "refused":
-        raise RuntimeError(f"fqt::{op}: {choice.reason}; or force the kernels with fqt.backend('triton')")
-    return choice
+def _choose(op: str, t: Tensor, m: int, n: int, k: int = 0, dtype: torch.dtype | None = None, **more) -> Choice:
+    return select(problem(op, t.device, m, n, k, dtype or t.dtype, **more))
 
 
 def _device_guard(t: Tensor):
@@ -50,75 +47,157 @@ def quantized(
     rows: bool = True,
     cols: bool = False,
     sums: bool = False,
+    row_absmax: Tensor | None = None,
 ) -> QTensor:
     """`fqt.reference.quantize`, by the kernels where dispatch chooses them."""
     random = rng if quantizer.rounding == "stochastic" else None
-    if x.numel() == 0 or _choose("quantize", x.device, *x.shape, dtype=x.dtype).backend == "reference":
+    if x.numel() == 0 or _choose("quantize", x, *x.shape, format=quantizer.format).backend == "reference":
         return reference.quantize(x, quantizer, multiplier=multiplier, rng=random, stream=stream, rank=rank,
-                                  rows=rows, cols=cols, sums=sums)  # fmt: skip
+                                  rows=rows, cols=cols, sums=sums, row_absmax=row_absmax)  # fmt: skip
     from fqt_kernels.quantize import quantize as launch
 
     with _device_guard(x):
         return QTensor(
-            *launch(x, bits=quantizer.bits, granularity=quantizer.granularity, zero=quantizer.zero, multiplier=multiplier,
-                    rng=random, stream=stream + 256 * rank, rows=rows, cols=cols, sums=sums)
+            *launch(x, bits=quantizer.bits, granularity=quantizer.granularity, zero=_zero(quantizer), rng=random,
+                    multiplier=multiplier, stream=stream + 256 * rank, rows=rows, cols=cols, sums=sums,
+                    stats=None if row_absmax is None else row_absmax[None, None])
         )  # fmt: skip
 
 
-def product(a: Operand, b: Operand, bias: Tensor | None = None, out_dtype: torch.dtype = torch.float32) -> Tensor:
-    """`fqt.reference.scaled_mm`, by the kernel where dispatch chooses it."""
+def _zero(quantizer: Quantizer) -> str:
+    """How the kernels call a quantizer's codes."""
+    return "e4m3" if quantizer.format == "e4m3" else quantizer.zero
+
+
+def quantized_gradient(
+    dy: Tensor, w: QTensor, x: QTensor, recipe: Recipe, bias: bool, *, rng: Tensor, rank: int
+) -> tuple[QTensor, QTensor, Tensor | None] | None:
+    """Both quantizations of dY (M, N), for dgrad and for wgrad, and its column sums (N,) if bias, by the fused kernels.
+
+    They are those that `input_gradient` and `weight_gradient` make each for itself. None where no fused kernel applies.
+    """
+    g, h = recipe.dgrad, recipe.wgrad
+    if g is None or h is None or g.householder or {g.rounding, h.rounding} != {"stochastic"} or dy.numel() == 0:
+        return None
+    if _choose("quantize", dy, *dy.shape, format=recipe.format).backend == "reference":
+        return None
+    from fqt_kernels.gradient import Side, quantize_gradient
+
+    with _device_guard(dy):
+        rows, cols, total = quantize_gradient(
+            dy, *(Side(z.bits, z.granularity, _zero(z)) for z in (g, h)),
+            row_mul=x.scale.flatten() if _folded(recipe.x) else None,
+            col_mul=w.scale.flatten() if _folded(recipe.w) else None,
+            rng=rng, streams=(DGRAD + 256 * rank, WGRAD + 256 * rank), sums=recipe.affine, bias=bias,
+        )  # fmt: skip
+    return (
+        QTensor(rows.codes, None, rows.scale, rows.offset, row_sum=rows.sums),
+        QTensor(None, cols.codes, cols.scale, cols.offset, col_sum=cols.sums),
+        total,
+    )
+
+
+def product(
+    a: Operand,
+    b: Operand,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+    *,
+    out: Tensor | None = None,
+    row_absmax: Tensor | None = None,
+) -> Tensor:
+    """`fqt.reference.scaled_mm`, by the kernel that dispatch chooses.
+
+    out: an existing matrix of contiguous rows, which the product is added to, rounded once, instead of a new one of
+    out_dtype. row_absmax (M,) int32 is widened to cover the rows of the result (`fqt.reference.widen_row_absmax`).
+    """
     m, n, k = a.q.shape[0], b.q.shape[0], a.q.shape[1]
-    choice = _choose("scaled_mm", a.q.device, m, n, k, dtype=a.scale.dtype)
+    plain = out is None and row_absmax is None
+    choice = _choose("scaled_mm", a.q, m, n, k, a.scale.dtype, format=_format(a.q), plain=plain)
     if m == 0 or n == 0 or choice.backend == "reference":
-        return reference.scaled_mm(a, b, bias, out_dtype)
-    from fqt_kernels.gemm import scaled_mm as launch
-
+        c = reference.scaled_mm(a, b, bias, out_dtype if out is None else a.scale.dtype)
+        c = c if out is None else out.copy_(out.to(c.dtype) + c)
+        if row_absmax is not None:
+            reference.widen_row_absmax(row_absmax, c)
+        return c
+    operands = a.q.contiguous(), b.q.contiguous(), a.scale, b.scale
+    terms = dict(a_offset=a.offset, b_offset=b.offset, a_sum=a.sum, b_sum=b.sum,
+                 bias=None if bias is None else bias.contiguous())  # fmt: skip
     with _device_guard(a.q):
-        return launch(
-            a.q.contiguous(), b.q.contiguous(), a.scale, b.scale, a_offset=a.offset, b_offset=b.offset, a_sum=a.sum,
-            b_sum=b.sum, bias=None if bias is None else bias.contiguous(), out_dtype=out_dtype, config=choice.config,
-        )  # fmt: skip
+        if choice.kernel == "hopper":
+            from fqt_kernels.gemm_hopper import scaled_mm as launch
+
+            _, processors = device_info(str(a.q.device))
+            return launch(*operands, **terms, out_dtype=out_dtype, config=choice.config, processors=processors)
+        from fqt_kernels.gemm import scaled_mm as launch
+
+        return launch(*operands, **terms, out_dtype=out_dtype if out is None else None, out=out, row_absmax=row_absmax,
+                      config=choice.config, split_k=choice.split_k)  # fmt: skip
 
 
-def _without_scale(operand: Operand, folded: bool) -> Operand:
-    """The operand with scale 1 where its scale, which lies on the contracted index, was folded into dY."""
-    return operand._replace(scale=None) if folded else operand
+def _format(q: Tensor) -> str:
+    """The format of codes, as recipes call it."""
+    return "int" if q.dtype == torch.int8 else "e4m3"
 
 
-def input_gradient(dy: Tensor, w: QTensor, recipe: Recipe, out_dtype: torch.dtype, **random) -> Tensor:
-    """dgrad: dX = Q_b2(dY) W, (M, K), from dY (M, N) and the transposed codes of W (N, K)."""
+def _folded(quantizer: Quantizer) -> bool:
+    """Whether the scales of X or W lie on an index that a gradient product contracts, so that they are folded into dY."""
+    return quantizer.granularity == "per_row"
+
+
+def _columns(t: QTensor, quantizer: Quantizer) -> Operand:
+    """The transposed codes of X or W as an operand, with scale 1 where the scales are folded into dY."""
+    return t.cols()._replace(scale=None) if _folded(quantizer) else t.cols()
+
+
+def input_gradient(
+    dy: Tensor, w: QTensor, recipe: Recipe, out_dtype: torch.dtype, g: QTensor | None = None, **random
+) -> Tensor:
+    """dgrad: dX = Q_b2(dY) W, (M, K), from dY (M, N) and the transposed codes of W (N, K); g: dY quantized already."""
     quantizer = recipe.dgrad
     if quantizer is None:
         return reference.mm(dy.to(w.scale.dtype), w.dequantize()).to(out_dtype)
-    folded = recipe.w.granularity == "per_row"
-    multiplier = w.scale.t() if folded else None
-    operand = _without_scale(w.cols(), folded)
+    multiplier = w.scale.t() if _folded(recipe.w) else None
+    operand = _columns(w, recipe.w)
     if not quantizer.householder:
-        g = quantized(dy, quantizer, multiplier=multiplier, stream=DGRAD, sums=recipe.affine, **random)
+        if g is None:
+            g = quantized(dy, quantizer, multiplier=multiplier, stream=DGRAD, sums=recipe.affine, **random)
         return product(g.rows(), operand, out_dtype=out_dtype)
-    g = dy.to(w.scale.dtype)
-    g = g if multiplier is None else g * multiplier
-    transform = Householder.of(g)
-    codes = quantized(transform.apply(g), quantizer, stream=DGRAD, sums=recipe.affine, **random)
+    y = dy.to(w.scale.dtype)
+    y = y if multiplier is None else y * multiplier
+    transform = Householder.of(y)
+    codes = quantized(transform.apply(y), quantizer, stream=DGRAD, sums=recipe.affine, **random)
     # The inverse acts on the rows only, so it commutes with the product.
     dx = transform.inverse(product(codes.rows(), operand, out_dtype=w.scale.dtype))
-    if g.shape[1]:
-        columns = w.col_sum.to(g.dtype) if folded else w.col_sum * w.scale[0]
-        columns = columns if w.offset is None else columns + w.offset[0] * float(g.shape[1])
-        dx = torch.where(transform.constant, g[:, :1] * columns, dx)
+    if y.shape[1]:
+        columns = w.col_sum.to(y.dtype) if _folded(recipe.w) else w.col_sum * w.scale[0]
+        columns = columns if w.offset is None else columns + w.offset[0] * float(y.shape[1])
+        dx = torch.where(transform.constant, y[:, :1] * columns, dx)
     return dx.to(out_dtype)
 
 
-def weight_gradient(dy: Tensor, x: QTensor, recipe: Recipe, out_dtype: torch.dtype, **random) -> Tensor:
-    """wgrad: dW = Q_b1(dY)ᵀ X, (N, K), from dY (M, N) and the transposed codes of X (M, K)."""
+def weight_gradient(
+    dy: Tensor,
+    x: QTensor,
+    recipe: Recipe,
+    out_dtype: torch.dtype,
+    h: QTensor | None = None,
+    out: Tensor | None = None,
+    **random,
+) -> Tensor:
+    """wgrad: dW = Q_b1(dY)ᵀ X, (N, K), from dY (M, N) and the transposed codes of X (M, K).
+
+    h: dY quantized already. out: a gradient of earlier steps (N, K) that this one is added to, instead of a new one.
+    """
     if recipe.wgrad is None:
-        return reference.mm(dy.t().to(x.scale.dtype), x.dequantize()).to(out_dtype)
-    folded = recipe.x.granularity == "per_row"
-    multiplier = x.scale if folded else None
-    h = quantized(
-        dy, recipe.wgrad, multiplier=multiplier, stream=WGRAD, rows=False, cols=True, sums=recipe.affine, **random
-    )
-    return product(h.cols(), _without_scale(x.cols(), folded), out_dtype=out_dtype)
+        dw = reference.mm(dy.t().to(x.scale.dtype), x.dequantize())
+        return dw.to(out_dtype) if out is None else out.copy_(out + dw)
+    if h is None:
+        multiplier = x.scale if _folded(recipe.x) else None
+        h = quantized(
+            dy, recipe.wgrad, multiplier=multiplier, stream=WGRAD, rows=False, cols=True, sums=recipe.affine, **random
+        )
+    return product(h.cols(), _columns(x, recipe.x), out_dtype=out_dtype, out=out)
 
 
 # ---- optional tensors in schemas
@@ -135,6 +214,17 @@ def _or_none(t: Tensor, present: bool) -> Tensor | None:
 @functools.cache
 def _recipe(text: str) -> Recipe:
     return Recipe.parse(text)
+
+
+# Between the operators of a layer codes of either format travel as int8: few operators of torch take float8.
+
+
+def _as_bytes(q: Tensor | None) -> Tensor | None:
+    return None if q is None else q.view(torch.int8)
+
+
+def _as_codes(q: Tensor | None, recipe: Recipe) -> Tensor | None:
+    return q if q is None or recipe.format == "int" else q.view(torch.float8_e4m3fn)
 
 
 # ---- fqt::quantize
@@ -154,47 +244,67 @@ def quantize(
     rows: bool = True,
     cols: bool = False,
     sums: bool = False,
+    format: str = "int",
+    row_absmax: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Quantize a matrix: (q, qt, scale, offset, row_sum, col_sum), empty where not asked for. See `reference.quantize`.
+
+    row_absmax (M,) int32, as `scaled_mm` leaves it: the magnitudes of the rows of x, which are then not looked for.
 
     Raises:
         TypeError: x is no floating-point matrix.   ValueError: a quantizer's field, the multiplier's shape or the
         missing rng of a stochastic rounding.
     """
-    quantizer = Quantizer(bits, granularity, zero, rounding)
+    quantizer = Quantizer(bits, granularity, zero, rounding, format=format)
     if x.dim() != 2 or not x.is_floating_point():
         raise TypeError(f"fqt::quantize: x must be a floating-point matrix, got {x.dtype} of shape {tuple(x.shape)}")
     if rounding == "stochastic" and (rng is None or rng.shape != (2,) or rng.dtype != torch.int64):
         raise ValueError("fqt::quantize: stochastic rounding needs rng, a (2,) int64 tensor of key and step")
     if multiplier is not None and multiplier.shape not in ((x.shape[0], 1), (1, x.shape[1])):
         raise ValueError(f"fqt::quantize: multiplier is (M, 1) or (1, N), got {tuple(multiplier.shape)}")
-    for name, t in (("rng", rng), ("multiplier", multiplier)):
+    if sums and format == "e4m3":
+        raise ValueError("fqt::quantize: sums of codes serve offsets, which e4m3 codes have none of")
+    if row_absmax is not None:
+        if row_absmax.dtype != torch.int32 or row_absmax.shape != x.shape[:1]:
+            raise ValueError(
+                f"fqt::quantize: row_absmax is (M,) int32, got {row_absmax.dtype} {tuple(row_absmax.shape)}"
+            )
+        if (granularity, zero, multiplier) != ("per_row", "symmetric", None):
+            raise ValueError("fqt::quantize: row_absmax goes with a symmetric quantizer per_row and no multiplier")
+    for name, t in (("rng", rng), ("multiplier", multiplier), ("row_absmax", row_absmax)):
         if t is not None and t.device != x.device:
             raise ValueError(f"fqt::quantize: x is on {x.device}, {name} on {t.device}")
     if multiplier is not None:
         multiplier = multiplier.to(reference.compute_dtype(x))
+    rng, row_absmax = (None if t is None else t.contiguous() for t in (rng, row_absmax))
     t = quantized(
-        x, quantizer, multiplier=multiplier, rng=rng, stream=stream, rank=rank, rows=rows, cols=cols, sums=sums
-    )
-    q, qt = (_or_empty(c, x.new_empty(0, dtype=torch.int8)) for c in (t.q, t.qt))
+        x, quantizer, multiplier=multiplier, rng=rng, stream=stream, rank=rank, rows=rows, cols=cols, sums=sums,
+        row_absmax=row_absmax,
+    )  # fmt: skip
+    q, qt = (_or_empty(c, x.new_empty(0, dtype=_codes_dtype(format))) for c in (t.q, t.qt))
     row_sum, col_sum = (_or_empty(c, x.new_empty(0, dtype=torch.int32)) for c in (t.row_sum, t.col_sum))
     return q, qt, t.scale, _or_empty(t.offset, t.scale), row_sum, col_sum
 
 
 @quantize.register_fake
 def _(
-    x, bits, granularity, zero, rounding, multiplier=None, rng=None, stream=0, rank=0, rows=True, cols=False, sums=False
-):
+    x, bits, granularity, zero, rounding, multiplier=None, rng=None, stream=0, rank=0, rows=True, cols=False, sums=False,
+    format="int", row_absmax=None,
+):  # fmt: skip
     m, n = x.shape
     scale = _fake_scale(x, granularity)
     return (
-        x.new_empty((m, n) if rows else 0, dtype=torch.int8),
-        x.new_empty((n, m) if cols else 0, dtype=torch.int8),
+        x.new_empty((m, n) if rows else 0, dtype=_codes_dtype(format)),
+        x.new_empty((n, m) if cols else 0, dtype=_codes_dtype(format)),
         scale,
         scale.new_empty(scale.shape if zero != "symmetric" else 0),
         x.new_empty(m if rows and sums else 0, dtype=torch.int32),
         x.new_empty(n if cols and sums else 0, dtype=torch.int32),
     )
+
+
+def _codes_dtype(format: str) -> torch.dtype:
+    return torch.float8_e4m3fn if format == "e4m3" else torch.int8
 
 
 def _fake_scale(x: Tensor, granularity: str) -> Tensor:
@@ -203,14 +313,17 @@ def _fake_scale(x: Tensor, granularity: str) -> Tensor:
 
 
 def quantize_weight(w: Tensor, recipe: Recipe, transposed: bool) -> QTensor:
-    """W (N, K) by the recipe's quantizer through the operator, so that it can be traced; both layouts if transposed."""
+    """W (N, K) by the recipe's quantizer through the operator, so that it can be traced; both layouts if transposed.
+
+    The codes are int8, the bytes of those of another format.
+    """
     z = recipe.w
     q, qt, scale, offset, row_sum, col_sum = quantize(
-        w, z.bits, z.granularity, z.zero, z.rounding, cols=transposed, sums=recipe.affine
+        w, z.bits, z.granularity, z.zero, z.rounding, cols=transposed, sums=recipe.affine, format=z.format
     )
     return QTensor(
-        q,
-        _or_none(qt, transposed),
+        _as_bytes(q),
+        _as_bytes(_or_none(qt, transposed)),
         scale,
         _or_none(offset, z.zero != "symmetric"),
         _or_none(row_sum, recipe.affine),
@@ -221,7 +334,7 @@ def quantize_weight(w: Tensor, recipe: Recipe, transposed: bool) -> QTensor:
 # ---- fqt::scaled_mm
 
 
-@custom_op("fqt::scaled_mm", mutates_args=(), device_types=_DEVICES)
+@custom_op("fqt::scaled_mm", mutates_args=("row_absmax",), device_types=_DEVICES)
 def scaled_mm(
     a: Tensor,
     b: Tensor,
@@ -233,37 +346,54 @@ def scaled_mm(
     b_sum: Tensor | None = None,
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
+    row_absmax: Tensor | None = None,
 ) -> Tensor:
-    """C = A Bᵀ + bias (M, N) from codes a (M, K), b (N, K) int8; see `reference.scaled_mm` for scales, offsets and sums.
+    """C = A Bᵀ + bias (M, N) from codes a (M, K), b (N, K) int8 or float8_e4m3fn; see `reference.scaled_mm` for scales,
+    offsets and sums.
+
+    row_absmax (M,) int32, contiguous, initially 0: becomes the magnitudes of the rows of C, for `quantize` of C.
 
     Raises:
-        TypeError: codes that are not int8 matrices.   ValueError: shapes that do not fit, or a sum that is missing.
+        TypeError: codes that are not matrices of one of these types, or scales that are not float32 (float64).
+        ValueError: shapes that do not fit, or a sum that is missing.
     """
-    if a.dtype != torch.int8 or b.dtype != torch.int8 or a.dim() != 2 or b.dim() != 2:
-        raise TypeError(f"fqt::scaled_mm: a and b must be int8 matrices, got {a.dtype} and {b.dtype}")
+    if a.dtype != b.dtype or a.dtype not in (torch.int8, torch.float8_e4m3fn) or a.dim() != 2 or b.dim() != 2:
+        raise TypeError(
+            f"fqt::scaled_mm: a and b must be matrices of int8 or of float8_e4m3fn, got {a.dtype}, {b.dtype}"
+        )
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"fqt::scaled_mm: a {tuple(a.shape)} and b {tuple(b.shape)} differ in their last dimension")
     m, n = a.shape[0], b.shape[0]
     expected = {
         "a_scale": (a_scale, (1, m)), "b_scale": (b_scale, (1, n)), "a_offset": (a_offset, (a_scale.numel(),)),
         "b_offset": (b_offset, (1,)), "a_sum": (a_sum, (m,)), "b_sum": (b_sum, (n,)), "bias": (bias, (n,)),
+        "row_absmax": (row_absmax, (m,)),
     }  # fmt: skip
+    for t in (a_scale, b_scale, a_offset, b_offset):
+        if t is not None and t.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"fqt::scaled_mm: scales and offsets must be float32, got {t.dtype}")
     for name, (t, sizes) in expected.items():
         if t is not None and (t.dim() != 1 or t.numel() not in sizes):
             raise ValueError(
                 f"fqt::scaled_mm: {name} must have shape ({' or '.join(map(str, sizes))},), got {tuple(t.shape)}"
             )
+    if row_absmax is not None and (row_absmax.dtype != torch.int32 or not row_absmax.is_contiguous()):
+        raise ValueError(f"fqt::scaled_mm: row_absmax must be contiguous int32, got {row_absmax.dtype}")
+    if a.dtype != torch.int8 and (a_offset is not None or b_offset is not None):
+        raise ValueError("fqt::scaled_mm: float8 codes have no offsets")
     if (a_offset is not None and b_sum is None) or (b_offset is not None and a_sum is None):
         raise ValueError("fqt::scaled_mm: an offset on one side needs the sum of the codes of the other")
     scales = [None if t is None else t.contiguous() for t in (a_scale, a_offset, b_scale, b_offset)]
     sums = [None if t is None else t.contiguous() for t in (a_sum, b_sum, bias)]
     return product(
-        Operand(a, scales[0], scales[1], sums[0]), Operand(b, scales[2], scales[3], sums[1]), sums[2], out_dtype
-    )
+        Operand(a, scales[0], scales[1], sums[0]), Operand(b, scales[2], scales[3], sums[1]), sums[2], out_dtype,
+        row_absmax=row_absmax,
+    )  # fmt: skip
 
 
 @scaled_mm.register_fake
-def _(a, b, a_scale, b_scale, a_offset=None, b_offset=None, a_sum=None, b_sum=None, bias=None, out_dtype=torch.float32):
+def _(a, b, a_scale, b_scale, a_offset=None, b_offset=None, a_sum=None, b_sum=None, bias=None,
+      out_dtype=torch.float32, row_absmax=None):  # fmt: skip
     return a.new_empty(a.shape[0], b.shape[0], dtype=out_dtype)
 
 
@@ -285,15 +415,17 @@ def linear(
     recipe: str,
     out_dtype: torch.dtype,
     save_x: bool,
+    accumulate: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Y = Q_f(X) Q_θ(W)ᵀ + bias for X (M, K) and an already quantized W (N, K); the rest is saved for backward.
 
-    weight takes no part in the forward pass: it is where the gradient of W goes. Returns (y, and if save_x the
+    weight takes no part in the forward pass: it is where the gradient of W goes; accumulate: wgrad adds to its .grad, where
+    there is one, by itself (see `fqt.nn.Linear`). Returns (y, and if save_x the
     transposed codes of X (K, M), their scale, offset and column sums; else four empty tensors).
     """
     r = _recipe(recipe)
     xq = quantized(x, r.x, cols=save_x, sums=r.affine)
-    w = QTensor(w_q, w_qt, w_scale, w_offset, w_row_sum, w_col_sum)
+    w = QTensor(_as_codes(w_q, r), None, w_scale, w_offset, w_row_sum)
     y = product(xq.rows(), w.rows(), bias, out_dtype)
     if not save_x:
         return (
@@ -302,11 +434,18 @@ def linear(
             *(x.new_empty(0, dtype=w_scale.dtype) for _ in range(2)),
             x.new_empty(0, dtype=torch.int32),
         )
-    return y, xq.qt, xq.scale, _or_empty(xq.offset, xq.scale), _or_empty(xq.col_sum, x.new_empty(0, dtype=torch.int32))
+    return (
+        y,
+        _as_bytes(xq.qt),
+        xq.scale,
+        _or_empty(xq.offset, xq.scale),
+        _or_empty(xq.col_sum, x.new_empty(0, dtype=torch.int32)),
+    )
 
 
 @linear.register_fake
-def _(x, weight, bias, w_q, w_qt, w_scale, w_offset, w_row_sum, w_col_sum, rng, recipe, out_dtype, save_x):
+def _(x, weight, bias, w_q, w_qt, w_scale, w_offset, w_row_sum, w_col_sum, rng, recipe, out_dtype, save_x,
+      accumulate=False):  # fmt: skip
     r = _recipe(recipe)
     (m, k), n = x.shape, w_q.shape[0]
     scale = _fake_scale(x, r.x.granularity)
@@ -319,7 +458,7 @@ def _(x, weight, bias, w_q, w_qt, w_scale, w_offset, w_row_sum, w_col_sum, rng, 
     )
 
 
-@custom_op("fqt::linear_backward", mutates_args=("rng",), device_types=_DEVICES)
+@custom_op("fqt::linear_backward", mutates_args=("rng", "w_grad"), device_types=_DEVICES)
 def linear_backward(
     dy: Tensor,
     x_qt: Tensor,
@@ -339,58 +478,96 @@ def linear_backward(
     need_x: bool,
     need_w: bool,
     need_bias: bool,
+    w_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dX, dW, dbias) of `fqt::linear` from dY (M, N), empty where not needed; advances the step of rng.
 
-    The bias gradient is the column sum of dY itself.
+    The bias gradient is the column sum of dY itself. w_grad: dW is added to it, and not returned.
     """
     r = _recipe(recipe)
     random = {"rng": rng, "rank": rank}
     dx, dw, dbias = (dy.new_empty(0, dtype=d) for d in (x_dtype, w_dtype, bias_dtype))
+    w = QTensor(None, _as_codes(w_qt, r), w_scale, w_offset, None, w_col_sum)
+    x = QTensor(
+        None, _as_codes(x_qt, r), x_scale, _or_none(x_offset, x_offset.numel() > 0), None, _or_none(x_col_sum, r.affine)
+    )
+    g = h = total = None
+    if need_x and need_w and (both := quantized_gradient(dy, w, x, r, need_bias, **random)) is not None:
+        g, h, total = both
     if need_x:
-        w = QTensor(None, w_qt, w_scale, w_offset, None, w_col_sum)
-        dx = input_gradient(dy, w, r, x_dtype, **random)
-    if need_w:
-        present = x_offset.numel() > 0
-        x = QTensor(None, x_qt, x_scale, _or_none(x_offset, present), None, _or_none(x_col_sum, r.affine))
-        dw = weight_gradient(dy, x, r, w_dtype, **random)
+        dx = input_gradient(dy, w, r, x_dtype, g, **random)
     if need_bias:
-        dbias = dy.sum(0, dtype=w_scale.dtype).to(bias_dtype)
+        dbias = (dy.sum(0, dtype=w_scale.dtype) if total is None else total).to(bias_dtype)
+    if need_w:  # last: dY may be the very gradient that is added to
+        added = weight_gradient(dy, x, r, w_dtype, h, w_grad, **random)
+        dw = added if w_grad is None else dw
     rng[1:].add_(1)
     return dx, dw, dbias
 
 
 @linear_backward.register_fake
 def _(dy, x_qt, x_scale, x_offset, x_col_sum, w_qt, w_scale, w_offset, w_col_sum, rng, rank, recipe,
-      x_dtype, w_dtype, bias_dtype, need_x, need_w, need_bias):  # fmt: skip
+      x_dtype, w_dtype, bias_dtype, need_x, need_w, need_bias, w_grad=None):  # fmt: skip
     m, n = dy.shape
     return (
         dy.new_empty((m, w_qt.shape[0]) if need_x else 0, dtype=x_dtype),
-        dy.new_empty((n, x_qt.shape[0]) if need_w else 0, dtype=w_dtype),
+        dy.new_empty((n, x_qt.shape[0]) if need_w and w_grad is None else 0, dtype=w_dtype),
         dy.new_empty(n if need_bias else 0, dtype=bias_dtype),
     )
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, weight, bias, _, w_qt, w_scale, w_offset, _, w_col_sum, rng_state, recipe, _, save_x = inputs
+    x, weight, bias, _, w_qt, w_scale, w_offset, _, w_col_sum, rng_state, recipe, _, save_x, accumulate = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:], w_qt, w_scale, w_offset, w_col_sum)
     ctx.rng, ctx.recipe, ctx.save_x = rng_state, recipe, save_x
+    ctx.parameter = weight if accumulate else None
     ctx.dtypes = (x.dtype, weight.dtype, x.dtype if bias is None else bias.dtype)
 
 
 def _backward(ctx, dy, *_):
     if dy is None:
-        return (None,) * 13
+        return (None,) * 14
     need_x, need_w, need_bias = ctx.needs_input_grad[:3]
     saved = ctx.saved_tensors  # once: under activation checkpointing each reading recomputes
     if (need_x and saved[4] is None) or (need_w and not ctx.save_x):
         raise RuntimeError("fqt::linear: a gradient is asked for that nothing was saved for (save_x, w_qt)")
-    dx, dw, dbias = linear_backward(dy, *saved, ctx.rng, rng.rank(), ctx.recipe, *ctx.dtypes, need_x, need_w, need_bias)
+    w_grad = _grad_to_add_to(ctx.parameter) if need_w else None
+    dx, dw, dbias = linear_backward(
+        dy, *saved, ctx.rng, rng.rank(), ctx.recipe, *ctx.dtypes, need_x, need_w, need_bias, w_grad
+    )
     if torch.is_grad_enabled():  # create_graph=True
         dx, dw, dbias = _NoSecondDerivative.apply(dy.new_empty(0, requires_grad=True), dx, dw, dbias)
-    return (dx if need_x else None, dw if need_w else None, dbias if need_bias else None, *(None,) * 10)
+    dw = dw if need_w and w_grad is None else None
+    return (dx if need_x else None, dw, dbias if need_bias else None, *(None,) * 11)
+
+
+def _grad_to_add_to(parameter: Tensor | None) -> Tensor | None:
+    """The gradient of a parameter that wgrad may add to without autograd: nobody is told when it does.
+
+    None where the addition is autograd's: there is no gradient yet or the kernel cannot add to it, someone waits to be
+    told, the backward pass was not asked for this gradient, or wants it returned (`torch.autograd.grad`), or it runs beside
+    the default stream, which autograd would have made wait.
+    """
+    if parameter is None or torch.is_grad_enabled() or not parameter.is_leaf or type(parameter.grad) is not Tensor:
+        return None
+    grad = parameter.grad
+    if (grad.dtype, grad.shape, grad.device) != (parameter.dtype, parameter.shape, parameter.device):
+        return None
+    if not grad.is_contiguous() or grad.stride(1) != 1:
+        return None
+    if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+        return None
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return None
+    if grad.is_cuda and torch.cuda.current_stream(grad.device) != torch.cuda.default_stream(grad.device):
+        return None
+    try:
+        asked = torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(parameter).node)
+    except RuntimeError:  # the gradient is to be returned
+        return None
+    return grad if asked else None
 
 
 class _NoSecondDerivative(torch.autograd.Function):

@@ -28,6 +28,11 @@ def register(layer: nn.Module) -> None:
     _layers.add(layer)
 
 
+def forget(layer: nn.Module) -> None:
+    """No longer reach this layer, which has no stream any more."""
+    _layers.discard(layer)
+
+
 def restart(layer: nn.Module) -> None:
     """Put a layer at the start of its stream: the key of its name under the current seed, step 0."""
     with torch.no_grad():

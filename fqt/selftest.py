@@ -11,6 +11,7 @@ of each other, and one unit in the last place more for bfloat16; a kernel that r
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -40,8 +41,18 @@ class Check(NamedTuple):
 def kernel_checks(device: torch.device, interpreter: bool = False) -> Iterator[Check]:
     """Every kernel of fqt_kernels on small shapes, in every configuration that dispatch can choose on this device."""
     yield from _stats_checks(device)
+    yield from _params_checks(device)
     yield from _quantize_checks(device)
+    yield from _gradient_checks(device)
     yield from _scaled_mm_checks(device, interpreter)
+
+
+def formats_with_kernels(device: torch.device) -> list[str]:
+    """The formats of codes that Triton multiplies on the device, as recipes call them."""
+    choices = {
+        f: dispatch.select(dispatch.problem("scaled_mm", device, 128, 128, 128, format=f)) for f in ("int", "e4m3")
+    }
+    return [format for format, choice in choices.items() if choice.backend == "triton"]
 
 
 def _matrix(shape: tuple[int, int] = ODD, poisoned: bool = False) -> Tensor:
@@ -56,11 +67,11 @@ def _matrix(shape: tuple[int, int] = ODD, poisoned: bool = False) -> Tensor:
 
 
 def _stats_checks(device: torch.device) -> Iterator[Check]:
-    from fqt_kernels import quantize as kernel
+    from fqt_kernels import statistics as kernel
 
     def case(granularity: str, symmetric: bool) -> dict[str, tuple[Tensor, Tensor, float]]:
         x = _matrix()
-        bits = kernel.row_stats(x.to(device), granularity, symmetric, None).cpu()
+        bits = kernel.row_stats(x.to(device), granularity, symmetric).amax(1).cpu()
         got = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32)
         dims = {"per_tensor": (0, 1), "per_row": (1,), "per_column": (0,)}[granularity]
         want = [x.abs().amax(dims)] if symmetric else [x.amax(dims), (-x).amax(dims)]
@@ -72,22 +83,49 @@ def _stats_checks(device: torch.device) -> Iterator[Check]:
             yield Check("_row_stats_kernel", name, lambda g=granularity, s=symmetric: case(g, s))
 
 
+def _params_checks(device: torch.device) -> Iterator[Check]:
+    from fqt_kernels import statistics as kernel
+
+    def case(zero: str, parts: int) -> dict[str, tuple[Tensor, Tensor, float]]:
+        x = _matrix((131, parts), poisoned=parts > 12)
+        partial = torch.stack([kernel.row_stats(column, "per_row", zero in ("symmetric", "e4m3"))[:, 0]
+                               for column in x.to(device).split(1, 1)], 1)  # fmt: skip
+        out = kernel.empty_params((len(x), 1), zero, device)
+        kernel.params(partial, out, 8, zero)
+        symmetric = kernel.is_symmetric(zero)
+        hi = x.abs().amax(1) if symmetric else x.amax(1)
+        lo = -hi if symmetric else x.amin(1)
+        form = ("symmetric", "e4m3") if zero == "e4m3" else (zero, "int")
+        scale, inv, z, i, offset = reference.quantization_params(lo, hi, 8, *form)
+        want = {"scale": (out.scale.flatten(), scale), "inv": (out.inv, inv)}
+        if not symmetric:
+            want |= {"offset": (out.offset.flatten(), offset), "zp": (out.zp, z if zero == "min" else i)}
+        return {name: (*pair, 0.0) for name, pair in want.items()}
+
+    for zero, parts in itertools.product((*ZEROS, "e4m3"), (1, 17)):
+        yield Check("_params_kernel", f"{zero}, {parts} parts", lambda z=zero, p=parts: case(z, p))
+
+
 def _quantize_checks(device: torch.device) -> Iterator[Check]:
-    reads = [(granularity, False) for granularity in GRANULARITIES] + [("per_row", True)]
-    cases = itertools.product(reads, ZEROS, ROUNDINGS, ("rows", "transposed"))
-    for index, ((granularity, single_read), zero, rounding, layout) in enumerate(cases):
-        quantizer = Quantizer(8 if rounding == "nearest" else 4, granularity, zero, rounding)
+    kernels = [(granularity, "tile") for granularity in GRANULARITIES] + [("per_row", "rows"), ("per_row", "long_rows")]
+    cases = itertools.product(kernels, (*ZEROS, "e4m3"), ROUNDINGS, ("rows", "transposed"))
+    for index, ((granularity, kernel), zero, rounding, layout) in enumerate(cases):
+        if zero == "e4m3":
+            quantizer = Quantizer(8, granularity, "symmetric", rounding, format="e4m3")
+        else:
+            quantizer = Quantizer(8 if rounding == "nearest" else 4, granularity, zero, rounding)
         shape, dense = EVEN if index % 5 < 2 else ODD, index % 7 < 4  # 5 and 7 divide no loop's period
-        kernel = "_rows_kernel" if single_read else "_tile_kernel"
+        ptx = index % 3 > 0  # inline assembly, which only NVIDIA has, and Triton's own operations
         name = (
             f"{granularity}, {zero}, {rounding}, {quantizer.bits} bits, {layout}, {shape}{'' if dense else ' strided'}"
+            f"{'' if ptx else ', without assembly'}"
         )
-        case = (device, quantizer, single_read, layout, shape, dense)
-        yield Check(kernel, name, lambda case=case: _quantize_case(*case))
+        case = (device, quantizer, kernel, layout, shape, dense, ptx)
+        yield Check(f"_{kernel}_kernel", name, lambda case=case: _quantize_case(*case))
 
 
 def _quantize_case(
-    device: torch.device, quantizer: Quantizer, single_read: bool, layout: str, shape: tuple[int, int], dense: bool
+    device: torch.device, quantizer: Quantizer, which: str, layout: str, shape: tuple[int, int], dense: bool, ptx: bool
 ) -> dict[str, tuple[Tensor, Tensor, float]]:
     """One launch against the reference; the stochastic ones fold a scale into the matrix."""
     from fqt_kernels import quantize as kernel
@@ -100,49 +138,127 @@ def _quantize_case(
         rng = torch.tensor([-0x123456789ABCDEF, 41])
         size = (m, 1) if granularity == "per_column" else (1, n)
         multiplier = torch.linspace(0.5, 2.0, max(size)).view(size)
-    rows = layout == "rows"
+    rows, sums = layout == "rows", quantizer.format == "int"
     want = reference.quantize(
-        x, quantizer, multiplier=multiplier, rng=rng, stream=5, rank=3, rows=rows, cols=not rows, sums=True
+        x, quantizer, multiplier=multiplier, rng=rng, stream=5, rank=3, rows=rows, cols=not rows, sums=sums
     )
     on_device = x.to(device) if dense else x.t().contiguous().to(device).t()
     got = kernel.quantize(
-        on_device, bits=quantizer.bits, granularity=granularity, zero=quantizer.zero,
+        on_device, bits=quantizer.bits, granularity=granularity,
+        zero="e4m3" if quantizer.format == "e4m3" else quantizer.zero, kernel=which, ptx=ptx,
         multiplier=None if multiplier is None else multiplier.to(device), rng=None if rng is None else rng.to(device),
-        stream=5 + 256 * 3, rows=rows, cols=not rows, sums=True, single_read=single_read,
+        stream=5 + 256 * 3, rows=rows, cols=not rows, sums=sums,
     )  # fmt: skip
     names = ("q", "qt", "scale", "offset", "row_sum", "col_sum")
     expected = (want.q, want.qt, want.scale, want.offset, want.row_sum, want.col_sum)
     for name, g, w in zip(names, got, expected, strict=True):
         if (g is None) != (w is None):
             raise ValueError(f"{name} is {'missing' if g is None else 'returned unasked'}")
-    return {name: (g, w, 0.0) for name, g, w in zip(names, got, expected, strict=True) if g is not None}
+    return {name: (_bytes(g), _bytes(w), 0.0) for name, g, w in zip(names, got, expected, strict=True) if g is not None}
+
+
+def _bytes(t: Tensor) -> Tensor:
+    """float8 codes as the bytes they are, which compare more strictly."""
+    return t.view(torch.int8) if t.dtype == torch.float8_e4m3fn else t
+
+
+def _gradient_checks(device: torch.device) -> Iterator[Check]:
+    for name in ("int8", "psq8", "ptq4", "fp8"):
+        for shape in (ODD, EVEN):
+            case = device, name, shape
+            yield Check(
+                "_gradient_stats_kernel", f"{name}, {shape}", lambda case=case: _gradient_case(*case, ranges=True)
+            )
+            yield Check(
+                "_gradient_tile_kernel", f"{name}, {shape}", lambda case=case: _gradient_case(*case, ranges=False)
+            )
+
+
+def _gradient_case(
+    device: torch.device, name: str, shape: tuple[int, int], ranges: bool
+) -> dict[str, tuple[Tensor, Tensor, float | Tensor]]:
+    """Both quantizations of a gradient against the reference's two: the scales and the column sums, or the codes."""
+    from fqt_kernels.gradient import Side, quantize_gradient
+
+    recipe = Recipe.parse(name)
+    dy = _matrix(shape)
+    m, n = shape
+    folded = recipe.x.granularity == "per_row"
+    row_mul = torch.linspace(0.5, 2.0, m) if folded else None
+    col_mul = torch.linspace(2.0, 0.25, n) if folded else None
+    rng = torch.tensor([0x123456789ABCDEF, 7])
+    sides = [
+        Side(z.bits, z.granularity, "e4m3" if z.format == "e4m3" else z.zero) for z in (recipe.dgrad, recipe.wgrad)
+    ]
+    move = lambda t: None if t is None else t.to(device)  # noqa: E731
+    g, h, total = quantize_gradient(
+        dy.to(device), *sides, row_mul=move(row_mul), col_mul=move(col_mul), rng=rng.to(device), streams=(0, 1),
+        sums=recipe.affine, bias=True,
+    )  # fmt: skip
+    want_g = reference.quantize(
+        dy, recipe.dgrad, multiplier=None if col_mul is None else col_mul[None], rng=rng, stream=0, sums=recipe.affine
+    )
+    want_h = reference.quantize(
+        dy, recipe.wgrad, multiplier=None if row_mul is None else row_mul[:, None], rng=rng, stream=1, rows=False,
+        cols=True, sums=recipe.affine,
+    )  # fmt: skip
+    if ranges:
+        # m additions in float32 on either side, each off by at most 2⁻²⁴ of a sum of magnitudes.
+        return {
+            "dgrad scale": (g.scale, want_g.scale, 0.0), "wgrad scale": (h.scale, want_h.scale, 0.0),
+            "column sums": (total, dy.sum(0), 2 * m * _UNIT * dy.abs().sum(0)),
+        }  # fmt: skip
+    checks = {"dgrad codes": (g.codes, want_g.q), "wgrad codes": (h.codes, want_h.qt)}
+    if recipe.affine:
+        checks |= {"dgrad sums": (g.sums, want_g.row_sum), "wgrad sums": (h.sums, want_h.col_sum)}
+        checks |= {"dgrad offset": (g.offset, want_g.offset), "wgrad offset": (h.offset, want_h.offset)}
+    return {what: (_bytes(got), _bytes(want), 0.0) for what, (got, want) in checks.items()}
 
 
 def _scaled_mm_checks(device: torch.device, interpreter: bool) -> Iterator[Check]:
-    def configs(k: int) -> list[tuple[int, ...]]:
+    def configs(k: int, **more) -> list[tuple[int, ...]]:
         with dispatch.backend("triton" if interpreter else "auto"):
             sizes = [2**i for i in range(6, 16)]
-            chosen = [dispatch.select(dispatch.problem("scaled_mm", device, size, size, k)).config for size in sizes]
+            chosen = [
+                dispatch.select(dispatch.problem("scaled_mm", device, size, size, k, **more)).config for size in sizes
+            ]
         return list(dict.fromkeys(config for config in chosen if config is not None))
 
     # K in whole blocks, in 16 but not in blocks, in neither (padded), beyond what int32 can sum.
     even, ragged, odd, long = (64, 48, 128), (64, 48, 80), (67, 45, 37), (5, 3, reference.MAX_INT32_TERMS + 20)
     kinds = {"symmetric": even, "affine": ragged, "affine, no scale of B": odd, "affine, bias, odd shape": odd}
-    cases = [(kind, shape, configs(64)[0]) for kind, shape in kinds.items()]
-    cases += [("affine, bias, odd shape", odd, config) for config in configs(64)[1:]]
-    if not interpreter:  # it truncates float32 to bfloat16 instead of rounding
-        cases.append(("affine, bias, bfloat16", odd, configs(64)[0]))
-    cases += [("extreme codes, sum beyond int32", long, config) for config in configs(long[2])]
+    cases, formats = [], ("int", "e4m3") if interpreter else formats_with_kernels(device)
+    if "int" in formats:
+        cases += [(kind, shape, configs(64)[0]) for kind, shape in kinds.items()]
+        cases += [("affine, bias, odd shape", odd, config) for config in configs(64)[1:]]
+        if torch.version.hip is None:
+            cases += [("affine, split_k 3", (67, 45, 1000), config) for config in configs(64)]
+        if not interpreter:  # it truncates float32 to bfloat16 instead of rounding
+            cases.append(("affine, bias, bfloat16", odd, configs(64)[0]))
+        cases += [("extreme codes, sum beyond int32", long, config) for config in configs(long[2])]
+    if "e4m3" in formats:
+        cases += [("e4m3", (67, 45, 1000), config) for config in configs(64, format="e4m3")]
     for kind, shape, config in cases:
         name = f"{kind}, {'x'.join(map(str, shape))}, {config}"
         yield Check("_scaled_mm_kernel", name, lambda a=(device, kind, shape, config): _scaled_mm_case(*a))
+    if device.type != "cuda":
+        return
+    from fqt_kernels import gemm_hopper
+
+    if gemm_hopper.reason_against(dispatch.device_info(str(device))[0], 128, 128, 128) is None:
+        many = (3000, 2000, 1000)  # more tiles than processors: each program goes on to another
+        kinds = {"affine, bias, bfloat16": ragged, "affine, bias, odd shape": odd, "symmetric, bfloat16": many}
+        cases = [(kind, shape, config) for config in gemm_hopper.CONFIGS for kind, shape in kinds.items()]
+        for kind, shape, config in cases:
+            name = f"{kind}, {'x'.join(map(str, shape))}, {config}"
+            case = device, kind, shape, config, "gemm_hopper"
+            yield Check("_hopper_scaled_mm_kernel", name, lambda case=case: _scaled_mm_case(*case))
 
 
 def _scaled_mm_case(
-    device: torch.device, kind: str, shape: tuple[int, int, int], config: tuple[int, ...]
+    device: torch.device, kind: str, shape: tuple[int, int, int], config: tuple[int, ...], module: str = "gemm"
 ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    from fqt_kernels import gemm as kernel
-
+    kernel = importlib.import_module(f"fqt_kernels.{module}")
     a, b, bias = _operands(*shape, kind)
     dtype = torch.bfloat16 if "bfloat16" in kind else torch.float32
     want = reference.scaled_mm(a, b, bias, dtype)
@@ -153,6 +269,8 @@ def _scaled_mm_case(
     got = kernel.scaled_mm(
         move(a.q), move(b.q), move(a.scale), move(b.scale), a_offset=move(a.offset), b_offset=move(b.offset),
         a_sum=move(a.sum), b_sum=move(b.sum), bias=move(bias), out_dtype=dtype, config=config,
+        **({"split_k": 3} if "split_k" in kind else {}),
+        **({"processors": dispatch.device_info(str(device))[1]} if module == "gemm_hopper" else {}),
     )  # fmt: skip
     bound = scaled_mm_bound(a, b, bias)
     if dtype == torch.bfloat16:
@@ -167,6 +285,8 @@ def _operands(m: int, n: int, k: int, kind: str) -> tuple[Operand, Operand, Tens
         qa, qb = torch.full((m, k), -128, dtype=torch.int8), torch.full((n, k), -128, dtype=torch.int8)
     else:
         qa, qb = (torch.randint(-128, 128, (r, k), generator=generator).to(torch.int8) for r in (m, n))
+    if kind == "e4m3":
+        qa, qb = ((q / 16.0).to(torch.float8_e4m3fn) for q in (qa, qb))
     sa, sb = (torch.rand(r, generator=generator) + 0.1 for r in (m, n))
     if "affine" not in kind:
         return Operand(qa, sa, None, None), Operand(qb, sb, None, None), None
@@ -177,9 +297,13 @@ def _operands(m: int, n: int, k: int, kind: str) -> tuple[Operand, Operand, Tens
 
 
 def scaled_mm_bound(a: Operand, b: Operand, bias: Tensor | None) -> Tensor:
-    """(M, N) float64: how far two float32 evaluations of `scaled_mm` on exact integer sums can be apart."""
+    """(M, N) float64: how far two float32 evaluations of `scaled_mm` can be apart, sums of integers being exact.
+
+    Sums of float8 products are rounded at each of K additions, and Hopper's tensor cores hold the 32 products of an
+    instruction in 14 bits or so: 2⁻¹¹ of their magnitudes for the four instructions before a sum goes on in float32.
+    """
     k = a.q.shape[1]
-    magnitude = reference.int_mm(a.q.short().abs(), b.q.short().abs()).double() * a.scale.double()[:, None]
+    magnitude = a.q.double().abs() @ b.q.double().abs().t() * a.scale.double()[:, None]
     sb = 1.0 if b.scale is None else b.scale.double()
     magnitude = magnitude * sb
     if a.offset is not None:
@@ -190,6 +314,8 @@ def scaled_mm_bound(a: Operand, b: Operand, bias: Tensor | None) -> Tensor:
     if bias is not None:
         magnitude = magnitude + bias.double().abs()
     pieces = -(-k // (reference.MAX_INT32_TERMS // 2))
+    if a.q.dtype != torch.int8:
+        return (2 * (10 + k) * _UNIT + 2.0**-11) * magnitude
     return 2 * (10 + pieces) * _UNIT * magnitude
 
 
@@ -240,7 +366,10 @@ def _product_case() -> dict[str, tuple[Tensor, Tensor, Tensor]]:
 
 def layer_checks(device: torch.device, interpreter: bool = False) -> Iterator[Check]:
     """The three products of a layer against their definitions in float64, from the reference's codes."""
-    for name in ("int8", "ptq4", "psq4"):
+    formats = formats_with_kernels(device)
+    for name in ("int8", "ptq4", "psq4", "fp8"):
+        if not interpreter and Recipe.parse(name).format not in formats:
+            continue
         yield Check("fqt.nn.Linear", name, lambda n=name: _layer_case(n, device, "triton" if interpreter else "auto"))
 
 
@@ -261,13 +390,14 @@ def _layer_case(name: str, device: torch.device, backend: str) -> dict[str, tupl
         y = layer(on_device)
         y.backward(dy.to(device))
 
-    xq, wq = (reference.quantize(t, q, cols=True, sums=True) for t, q in ((x, recipe.x), (w, recipe.w)))
+    sums = recipe.affine
+    xq, wq = (reference.quantize(t, q, cols=True, sums=sums) for t, q in ((x, recipe.x), (w, recipe.w)))
     fold_w, fold_x = (q.granularity == "per_row" for q in (recipe.w, recipe.x))
     g = reference.quantize(
-        dy, recipe.dgrad, multiplier=wq.scale.t() if fold_w else None, rng=state, stream=ops.DGRAD, sums=True
+        dy, recipe.dgrad, multiplier=wq.scale.t() if fold_w else None, rng=state, stream=ops.DGRAD, sums=sums
     )
     h = reference.quantize(
-        dy, recipe.wgrad, multiplier=xq.scale if fold_x else None, rng=state, stream=ops.WGRAD, cols=True, sums=True
+        dy, recipe.wgrad, multiplier=xq.scale if fold_x else None, rng=state, stream=ops.WGRAD, cols=True, sums=sums
     )
     products = {
         "fprop": (y, xq.rows(), wq.rows(), bias),

@@ -42,7 +42,8 @@ def test_every_kernel_has_a_check(device):
     sources = pathlib.Path(fqt_kernels.quantize.__file__).parent.glob("*.py")
     kernels = {name for source in sources for name in re.findall(r"^def (_\w+_kernel)\(", source.read_text(), re.M)}
     checked = {check.kernel for check in selftest.kernel_checks(torch.device(device), interpreter=device == "cpu")}
-    assert kernels and kernels == checked
+    # Gluon's kernel runs on hardware alone, and on Hopper's.
+    assert kernels and kernels - checked <= {"_hopper_scaled_mm_kernel"} and checked <= kernels
 
 
 def test_every_kernel_passes_here(device):
@@ -72,7 +73,8 @@ def test_a_broken_kernel_fails_and_is_named(device, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert re.search(r"FAILED _tile_kernel: per_row, min, nearest.* q differs by up to 1 in 1 of", text)
     assert re.search(r"FAILED _rows_kernel: per_row, min, nearest.* q differs by up to 1 in 1 of", text)
-    assert "2 checks failed" in text
+    assert re.search(r"FAILED _long_rows_kernel: per_row, min, nearest.* q differs by up to 1 in 1 of", text)
+    assert "3 checks failed" in text
 
 
 def test_a_broken_reference_fails(monkeypatch, no_kernels, capsys):

@@ -7,11 +7,11 @@ import torch
 from laws import poisoned, random_state
 from torch.library import opcheck
 
-from fqt import ops, reference
+from fqt import dispatch, ops, reference
 from fqt.qtensor import Operand
 from fqt.recipe import Quantizer, Recipe
 
-RECIPES = ("qat8", "int8", "ptq8", "psq4", "bhq4")
+RECIPES = ("qat8", "int8", "fp8", "ptq8", "psq4", "bhq4")
 
 
 def layouts(x):
@@ -73,6 +73,62 @@ def test_scaled_mm_passes_opcheck(offsets, device):
     bias = torch.randn(7, device=device)
     for out_dtype in (torch.float32, torch.bfloat16):
         opcheck(ops.scaled_mm, (a.q, b.q, a.scale, b.scale, a.offset, b.offset, a.sum, b.sum, bias, out_dtype))
+
+
+def test_quantize_and_scaled_mm_of_the_optional_arguments_pass_opcheck(device):
+    x = torch.randn(5, 9, device=device)
+    row_absmax = x.abs().amax(1).view(torch.int32)
+    opcheck(ops.quantize, (x, 8, "per_row", "symmetric", "nearest"), dict(cols=True, row_absmax=row_absmax))
+    for format in ("int", "e4m3"):
+        # opcheck's own arithmetic on what an operator takes and returns does not know float8.
+        utils = ["test_schema"] * (format == "int") + ["test_faketensor", "test_autograd_registration"]
+        a = reference.quantize(x, Quantizer(8, "per_row", format=format))
+        out = torch.zeros(5, dtype=torch.int32, device=device)
+        opcheck(ops.scaled_mm, (a.q, a.q, a.scale.flatten(), a.scale.flatten()), dict(row_absmax=out), test_utils=utils)
+        opcheck(
+            ops.quantize, (x, 8, "per_row", "symmetric", "nearest"), dict(cols=True, format=format), test_utils=utils
+        )
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
+def test_magnitudes_from_a_product_quantize_it_as_its_own_would(out_dtype, device):
+    """The producer's row maxima are those of C as stored, so that the codes and scales of C are the same bits."""
+    a, b = (reference.quantize(torch.randn(n, 40, device=device), Quantizer(8, "per_row")) for n in (13, 21))
+    found = torch.zeros(13, dtype=torch.int32, device=device)
+    c = ops.scaled_mm(a.q, b.q, a.scale.flatten(), b.scale.flatten(), out_dtype=out_dtype, row_absmax=found)
+    own, given = (ops.quantize(c, 8, "per_row", "symmetric", "nearest", cols=True, row_absmax=r) for r in (None, found))
+    for x, y in zip(own, given, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_strided_row_maxima_and_random_state_are_read_as_they_are():
+    x = torch.randn(6, 40)
+    table = torch.stack([x.abs().amax(1).view(torch.int32), torch.zeros(6, dtype=torch.int32)], 1)
+    rng = torch.tensor([[5, 7], [1, 2]])
+    found = []
+    for backend in ("reference", "triton"):
+        with dispatch.backend(backend):
+            found.append(
+                ops.quantize(x, 8, "per_row", "symmetric", "stochastic", rng=rng[:, 0], row_absmax=table[:, 0])
+            )
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("change, error, says", [
+    (dict(row_absmax=torch.zeros(4, dtype=torch.int32)), ValueError, "row_absmax"),
+    (dict(row_absmax=torch.zeros(5)), ValueError, "row_absmax"),
+    (dict(row_absmax=torch.zeros(5, dtype=torch.int32), zero="min"), ValueError, "symmetric"),
+    (dict(row_absmax=torch.zeros(5, dtype=torch.int32), granularity="per_tensor"), ValueError, "per_row"),
+    (dict(row_absmax=torch.zeros(5, dtype=torch.int32), multiplier=torch.ones(1, 9)), ValueError, "multiplier"),
+    (dict(format="e5m2"), ValueError, "e5m2"),
+    (dict(format="e4m3", sums=True), ValueError, "sums"),
+    (dict(format="e4m3", bits=7), ValueError, "8 bits"),
+])  # fmt: skip
+def test_quantize_refuses_what_does_not_go_together(change, error, says):
+    arguments = dict(bits=8, granularity="per_row", zero="symmetric", rounding="nearest") | change
+    with pytest.raises(error, match=says):
+        ops.quantize(torch.randn(5, 9), **arguments)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
