@@ -1,4 +1,4 @@
-"""fqt: fully quantized training. All three matrix products of a layer on int8 operands.
+"""fqt: fully quantized training. All three matrix products of a layer on int8 or float8 operands.
 
 Names are loaded on first use: importing fqt imports neither torch nor Triton.
 """
@@ -18,6 +18,7 @@ _ATTRIBUTES = {
 }  # fmt: skip
 _MODULES = (
     "convert",
+    "cost",
     "demo",
     "dispatch",
     "doctor",

@@ -5,13 +5,15 @@ from __future__ import annotations
 import fnmatch
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from .dispatch import problem, select
+from . import cost, rng
+from .dispatch import Choice, problem, select
 from .nn import Linear
 from .recipe import Recipe
 
@@ -22,8 +24,9 @@ Filter = Callable[[nn.Module, str], bool]
 class LayerReport:
     """One layer: its qualified name, type, shape (out, in), recipe, status, kernel, expected speed-up, and the reason.
 
-    status: "converted", "switched" (had another recipe), "unchanged" (had this recipe), "skipped". speedup is over bf16 on
-    this GPU, None where it was not measured.
+    status: "converted", "switched" (had another recipe), "unchanged" (had this recipe), "skipped". speedup is the
+    predicted ratio over bf16 of forward and backward (`fqt.cost`), None where there is no prediction; speedup_source is
+    where the prediction's ceilings come from, "measured" or "datasheet", or why there is none.
     """
 
     name: str
@@ -33,7 +36,15 @@ class LayerReport:
     status: str
     kernel: str
     speedup: float | None
+    speedup_source: str
     reason: str
+
+    @property
+    def expected(self) -> str:
+        """ "1.32× (datasheet)"; "not predicted: …"; nothing for a layer to which no prediction applies."""
+        if self.speedup is not None:
+            return f"{self.speedup:.2f}× ({self.speedup_source})"
+        return f"not predicted: {self.speedup_source}" if self.speedup_source else ""
 
 
 @dataclass
@@ -62,9 +73,8 @@ class ConversionReport:
     def __str__(self) -> str:
         head = ("layer", "type", "shape", "recipe", "status", "kernel", "speed-up", "reason")
         rows = [
-            (r.name or "(the model)", r.type, "×".join(map(str, r.shape)), r.recipe, r.status, r.kernel,
-             "not measured" if r.speedup is None and r.status != "skipped" else f"{r.speedup or ''}", r.reason)
-            for r in self.layers
+            (r.name or "(the model)", r.type, "×".join(map(str, r.shape)), r.recipe, r.status, r.kernel, r.expected,
+             r.reason) for r in self.layers
         ]  # fmt: skip
         widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
         lines = [
@@ -80,6 +90,9 @@ def quantize_(
     recipe: str | Recipe | Mapping[str, str | Recipe] = "int8",
     filter_fn: Filter | None = None,
     strict: bool = True,
+    only_if_faster: bool = False,
+    rows: int = 4096,
+    fuse_grad_accumulation: bool | None = None,
 ) -> ConversionReport:
     """Make a model's `nn.Linear` layers train on quantized operands, in place.
 
@@ -94,20 +107,31 @@ def quantize_(
             decides, and a layer that none matches is left alone.
         filter_fn: called with (module, qualified name); False leaves the layer as it is.
         strict: raise where nothing was quantized, or a pattern matched no layer.
+        only_if_faster: leave a layer as it is where `fqt.cost` predicts bf16 to be faster on the GPU that it is on. Where
+            there is no prediction (no GPU yet, an unknown one, BHQ) strict raises; else the layer is quantized, and the
+            report says so. Layers left alone for their speed are no failure, even if they are all.
+        fuse_grad_accumulation: whether the kernels add to weight gradients that exist already (see `fqt.nn.Linear`); None
+            leaves that as it is, off for a layer that is converted.
+        rows: samples (rows of the flattened input) in a forward pass, for the predictions; tokens × batch of a
+            transformer.
 
     Raises:
-        TypeError: model is no module.   ValueError: an unknown recipe, or what strict forbids.
+        TypeError: model is no module.   ValueError: an unknown recipe, rows below 1, or what strict forbids; in the case of
+        only_if_faster the model is unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize_ takes a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
+        raise ValueError(f"rows must be a whole number of at least 1, got {rows!r}")
     patterns = recipe if isinstance(recipe, Mapping) else {"*": recipe}
     recipes = {pattern: Recipe.parse(value) for pattern, value in patterns.items()}
     modules = dict(model.named_modules())
-    report, used = ConversionReport(), set()
+    layers: list[LayerReport] = []
+    used, chosen, slower = set(), {}, False
     for name, module in modules.items():
         if isinstance(module, _ConvNd):
             shape = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
-            report.layers.append(_skipped(module, name, shape, "convolutions are not quantized"))
+            layers.append(_skipped(module, name, shape, "convolutions are not quantized"))
         if not isinstance(module, nn.Linear):
             continue
         pattern = next((p for p in recipes if fnmatch.fnmatchcase(name, p)), None)
@@ -119,12 +143,23 @@ def quantize_(
             if filter_fn is not None and not filter_fn(module, name):
                 reason = "filter_fn returned False"
         if reason is not None:
-            report.layers.append(_skipped(module, name, (module.out_features, module.in_features), reason))
+            layers.append(_skipped(module, name, (module.out_features, module.in_features), reason))
             continue
-        report.layers.append(_convert(module, name, recipes[pattern]))
-    _disable_fast_paths(model, report)
+        layers.append(_planned(module, name, recipes[pattern], rows))
+        if only_if_faster:
+            layers[-1] = _unless_slower(layers[-1], recipes[pattern], module.weight.is_cuda, strict)
+        if layers[-1].status == "skipped":
+            slower = True
+        else:
+            chosen[name] = recipes[pattern]
+    for name, chosen_recipe in chosen.items():
+        _convert(modules[name], name, chosen_recipe)
+        if fuse_grad_accumulation is not None:
+            modules[name].fuse_grad_accumulation = fuse_grad_accumulation
+    report = ConversionReport(layers)
+    _disable_fast_paths(model)
     if strict:
-        _check_strict(report, [p for p in recipes if p not in used and isinstance(recipe, Mapping)])
+        _check_strict(report, [p for p in recipes if p not in used and isinstance(recipe, Mapping)], slower)
     return report
 
 
@@ -133,9 +168,10 @@ def dequantize_(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, Linear):
             module.__class__ = nn.Linear
+            rng.forget(module)
             del module._buffers["_fqt_rng"]
             module._non_persistent_buffers_set.discard("_fqt_rng")
-            for name in [n for n in module.__dict__ if n.startswith("_fqt_")]:
+            for name in [n for n in module.__dict__ if n.startswith("_fqt_") or n == "fuse_grad_accumulation"]:
                 del module.__dict__[name]
         if "_fqt_fast_path" in module.__dict__:
             module.activation_relu_or_gelu = module.__dict__.pop("_fqt_fast_path")
@@ -143,7 +179,8 @@ def dequantize_(model: nn.Module) -> nn.Module:
 
 
 def explain(layer: nn.Module, x: Tensor) -> None:
-    """Print which backend and configuration each operator of a layer gets for an input, and why; nothing is run.
+    """Print which backend and configuration each operator of a layer gets for an input, why, and what each is expected to
+    cost beside bf16 (`fqt.cost`); nothing is run.
 
     Raises:
         TypeError: layer is not quantized.   ValueError: x does not fit the layer.
@@ -163,16 +200,40 @@ def explanation(layer: nn.Module, x: Tensor) -> str:
     lines = [f"{layer.label}, recipe {recipe.name}, M={m} N={n} K={k}, {x.dtype} on {x.device}"]
     if recipe.is_exact:
         return "\n".join([*lines, "  every product: torch, full precision"])
+    gpu = {"device": x.device, "dtype": x.dtype, "format": recipe.format}
     for what, rows, cols in (("X", m, k), ("W", n, k), ("dY", m, n)):
-        lines.append(
-            f"  quantize {what} ({rows}, {cols}): {select(problem('quantize', x.device, rows, cols, dtype=x.dtype))}"
-        )
+        lines.append(f"  quantize {what} ({rows}, {cols}): {select(problem('quantize', m=rows, n=cols, **gpu))}")
     for what, quantizer, shape in (("fprop", recipe.x, (m, n, k)), ("dgrad", recipe.dgrad, (m, k, n)),
                                    ("wgrad", recipe.wgrad, (n, k, m))):  # fmt: skip
-        choice = select(problem("scaled_mm", x.device, *shape, dtype=x.dtype))
+        choice = select(problem("scaled_mm", **gpu, **dict(zip("mnk", shape, strict=True))))
         transform = ", block Householder in torch" if quantizer is not None and quantizer.householder else ""
         lines.append(f"  {what} {shape}: {choice if quantizer else 'torch, full precision'}{transform}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_expectation(layer, x, m)])
+
+
+def _expectation(layer: Linear, x: Tensor, m: int) -> list[str]:
+    """The terms of the cost model, a line each."""
+    sizes = m, layer.out_features, layer.in_features
+    choice = select(problem("scaled_mm", x.device, *sizes, dtype=x.dtype, format=layer.recipe.format))
+    try:
+        expected = _predict(m, layer, layer.recipe, x.device, choice)
+    except cost.NotModelled as e:
+        return [f"  expected: not predicted: {e}"]
+    lines = [f"  expected, forward and backward, on {cost.ceilings(x.device)}"]
+    for p in expected.products:
+        lines.append(f"    {p.name:<11} bf16 {p.bf16_ms:8.4f} ms   {expected.codes} {p.ms:8.4f} ms")
+    for p in expected.passes:
+        moved = f"{p.bytes_per_element} bytes an element, {p.bytes / 1e6:.1f} MB"
+        lines.append(f"    quantize {p.name:<25} {p.ms:8.4f} ms   {moved}")
+    total = f"bf16 {expected.bf16_ms:8.4f} ms   {expected.codes} {expected.ms:8.4f} ms   {expected}"
+    return [*lines, f"    {'in all':<11} {total}"]
+
+
+def _predict(rows: int, layer: nn.Linear, recipe: Recipe, device: torch.device, choice: Choice) -> cost.Prediction:
+    ceilings = cost.ceilings(device)
+    if choice.backend == "reference":
+        raise cost.NotModelled(f"plain torch: {choice.reason}")
+    return cost.linear(rows, layer.out_features, layer.in_features, recipe, ceilings)
 
 
 def _why_not(module: nn.Linear, name: str, modules: Mapping[str, nn.Module]) -> str | None:
@@ -191,37 +252,59 @@ def _why_not(module: nn.Linear, name: str, modules: Mapping[str, nn.Module]) -> 
     return None
 
 
-def _convert(module: nn.Linear, name: str, recipe: Recipe) -> LayerReport:
+def _planned(module: nn.Linear, name: str, recipe: Recipe, rows: int) -> LayerReport:
+    """What converting a layer will be, and is expected to gain."""
+    status = "converted"
     if isinstance(module, Linear):
         status = "unchanged" if module.recipe == recipe else "switched"
+    shape, device = tuple(module.weight.shape), module.weight.device
+    if recipe.is_exact:
+        return LayerReport(name, "Linear", shape, recipe.name, status, "torch", None, "", "full precision")
+    choice = select(problem("scaled_mm", device, rows, *shape, dtype=module.weight.dtype, format=recipe.format))
+    try:
+        expected = _predict(rows, module, recipe, device, choice)
+    except cost.NotModelled as e:
+        return LayerReport(name, "Linear", shape, recipe.name, status, choice.backend, None, str(e), choice.reason)
+    reason = choice.reason
+    if expected.ratio < 1:
+        times = f"{expected.bf16_ms:.3g} ms, quantized {expected.ms:.3g} ms for {rows} rows"
+        reason = f"bf16 is expected to be faster here: {times}"
+    return LayerReport(
+        name, "Linear", shape, recipe.name, status, choice.backend, expected.ratio, expected.source, reason
+    )
+
+
+def _unless_slower(layer: LayerReport, recipe: Recipe, on_gpu: bool, strict: bool) -> LayerReport:
+    """The report of the layer, or of its being left alone where bf16 is expected to be faster."""
+    if recipe.is_exact or (layer.speedup is not None and layer.speedup >= 1):
+        return layer
+    if layer.speedup is not None or (on_gpu and layer.kernel == "reference"):
+        reason = layer.reason if layer.speedup is not None else f"bf16 is faster than plain torch: {layer.reason}"
+        return replace(layer, recipe="", status="skipped", kernel="", reason=reason)
+    if strict:
+        raise ValueError(
+            f"only_if_faster: no prediction for {layer.name or 'the model'} with recipe {layer.recipe}: "
+            f"{layer.speedup_source}; move the model to its GPU first, or pass strict=False to quantize it all the same"
+        )
+    return replace(layer, reason=f"{layer.reason}; only_if_faster had no prediction to go by")
+
+
+def _convert(module: nn.Linear, name: str, recipe: Recipe) -> None:
+    if isinstance(module, Linear):
         module.recipe, module._fqt_name = recipe, name
         if module._fqt_key_name != name:
             module._fqt_key_name = name
-            _restart(module)
+            rng.restart(module)
     else:
-        status = "converted"
         module.__class__ = Linear
         module._become_quantized(recipe, name, name)
-    kernel, reason = "torch", "full precision"
-    if not recipe.is_exact:
-        choice = select(
-            problem("scaled_mm", module.weight.device, 4096, *module.weight.shape, dtype=module.weight.dtype)
-        )
-        kernel, reason = choice.backend, choice.reason
-    return LayerReport(name, "Linear", tuple(module.weight.shape), recipe.name, status, kernel, None, reason)
-
-
-def _restart(module: Linear) -> None:
-    from .rng import restart
-
-    restart(module)
 
 
 def _skipped(module: nn.Module, name: str, shape: tuple[int, ...], reason: str) -> LayerReport:
-    return LayerReport(name, type(module).__name__, shape, "", "skipped", "", None, reason)
+    return LayerReport(name, type(module).__name__, shape, "", "skipped", "", None, "", reason)
 
 
-def _disable_fast_paths(model: nn.Module, report: ConversionReport) -> None:
+def _disable_fast_paths(model: nn.Module) -> None:
     """TransformerEncoderLayer's inference path hands its layers' weights to one fused operator: make it call the layers."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and "_fqt_fast_path" not in module.__dict__:
@@ -230,9 +313,9 @@ def _disable_fast_paths(model: nn.Module, report: ConversionReport) -> None:
                 module.activation_relu_or_gelu = 0
 
 
-def _check_strict(report: ConversionReport, unused: list[str]) -> None:
+def _check_strict(report: ConversionReport, unused: list[str], slower: bool) -> None:
     if unused:
         raise ValueError(f"strict: no layer that can be quantized matches {', '.join(map(repr, unused))}\n{report}")
-    if not report.converted:
+    if not report.converted and not slower:
         what = f"all were skipped:\n{report}" if report.layers else "the model has no nn.Linear"
         raise ValueError(f"strict: nothing was quantized; {what}")

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import warnings
 
 import pytest
@@ -11,6 +12,7 @@ from torch.nn.utils import prune
 
 import fqt
 import fqt.nn
+from fqt import convert, cost
 
 
 def mlp():
@@ -73,6 +75,8 @@ def test_dequantize_gives_plain_modules_with_the_same_parameters():
     assert not dict(model.named_buffers())
     x = torch.randn(3, 16)
     assert torch.equal(model(x), plain(x))
+    fqt.manual_seed(1)  # reaches the quantized layers that are alive: no longer these
+    fqt.set_step(2)
 
 
 def test_the_root_module_can_be_the_layer():
@@ -209,8 +213,10 @@ def test_layers_of_one_name_have_one_stream_and_others_have_others():
 def test_the_report_is_a_table_and_data():
     report = fqt.quantize_(mlp(), "psq5", filter_fn=lambda m, n: n != "3")
     text = str(report)
-    assert "2 layers quantized, 2 without a Triton kernel, 1 skipped" in text and "not measured" in text
+    assert "2 layers quantized, 2 without a Triton kernel, 1 skipped" in text
+    assert text.count("not predicted: no GPU: on cpu") == 2
     assert [r["name"] for r in json.loads(report.to_json())] == ["0", "2.0", "3"]
+    assert [r["speedup"] for r in json.loads(report.to_json())] == [None] * 3
     assert len(report.fallbacks) == 2 and report.fallbacks[0].reason == "CPU tensors"
 
 
@@ -226,3 +232,120 @@ def test_explain_names_each_operator_its_choice_and_the_reason(capsys):
         fqt.explain(nn.Linear(2, 2), torch.randn(2, 2))
     with pytest.raises(ValueError, match="16"):
         fqt.explain(layer, torch.randn(2, 15))
+
+
+# ---- predictions, on a CPU that passes for an H100
+
+
+@pytest.fixture
+def h100(monkeypatch):
+    ceilings = cost.Ceilings(798, 1200, None, 3.0, "measured", "NVIDIA H100 80GB HBM3", "sm90", 132)
+    monkeypatch.setattr(cost, "ceilings", lambda device: ceilings)
+    with fqt.backend("triton"):
+        yield ceilings
+
+
+def unset(module):
+    """The module with weights that nothing has written, which costs nothing."""
+    return module.to_empty(device="cpu")
+
+
+def wide_and_narrow():
+    return unset(nn.Sequential(nn.Linear(4096, 4096, device="meta"), nn.Linear(4096, 64, device="meta")))
+
+
+def test_the_report_shows_the_prediction_and_its_source(h100):
+    report = fqt.quantize_(wide_and_narrow(), "int8", rows=8192)
+    wide, narrow = report.layers
+    expected = [cost.linear(8192, n, 4096, fqt.Recipe.int8(), h100).ratio for n in (4096, 64)]
+    assert [r.speedup for r in report.layers] == expected and expected[0] > 1 > expected[1]
+    assert f"{wide.speedup:.2f}× (measured)" in str(report)
+    assert "faster" not in wide.reason
+    assert "bf16 is expected to be faster here" in narrow.reason and "8192 rows" in narrow.reason
+    assert [r.status for r in report.layers] == ["converted", "converted"]
+
+
+def test_rows_change_the_prediction(h100):
+    few, many = (fqt.quantize_(wide_and_narrow(), "int8", rows=rows).layers[0].speedup for rows in (64, 16384))
+    assert few < 1 < many
+    for rows in (0, -1, 2.0, True, "64"):
+        with pytest.raises(ValueError, match="rows"):
+            fqt.quantize_(wide_and_narrow(), "int8", rows=rows)
+
+
+def test_only_if_faster_leaves_the_layers_that_would_lose(h100):
+    model = wide_and_narrow()
+    report = fqt.quantize_(model, "int8", only_if_faster=True)
+    assert [type(m) for m in model] == [fqt.nn.Linear, nn.Linear]
+    (skipped,) = report.skipped
+    assert skipped.name == "1" and skipped.speedup < 1 and skipped.kernel == "" and skipped.recipe == ""
+    bf16, quantized = (float(t) for t in re.findall(r"([\d.]+) ms", skipped.reason))
+    assert skipped.speedup == pytest.approx(bf16 / quantized, rel=0.01)  # times of three digits
+    assert "1 layers quantized" in str(report) and "1 skipped" in str(report)
+
+
+def test_only_if_faster_leaves_a_quantized_layer_as_it_is(h100):
+    model = unset(nn.Sequential(nn.Linear(4096, 64, device="meta")))
+    fqt.quantize_(model, "psq5")
+    fqt.quantize_(model, "int8", only_if_faster=True)
+    assert model[0].recipe == fqt.Recipe.psq(5)
+
+
+def test_a_model_that_is_faster_in_bf16_is_no_failure(h100):
+    model = nn.Sequential(nn.Linear(64, 64))
+    report = fqt.quantize_(model, {"0": "int8"}, only_if_faster=True)
+    assert type(model[0]) is nn.Linear and not report.converted
+
+
+@pytest.mark.parametrize(("recipe", "says"), [("bhq4", "Householder"), ("qat8", "float32")])
+def test_a_recipe_without_a_prediction_is_refused_before_anything_is_converted(recipe, says, h100):
+    model = wide_and_narrow()
+    with pytest.raises(ValueError, match=rf"only_if_faster: no prediction for 1 with recipe {recipe}.*{says}"):
+        fqt.quantize_(model, {"0": "int8", "1": recipe}, only_if_faster=True)
+    assert type(model[0]) is nn.Linear
+    report = fqt.quantize_(model, {"0": "int8", "1": recipe}, only_if_faster=True, strict=False)
+    assert [r.status for r in report.layers] == ["converted", "converted"]
+    assert report.layers[1].speedup is None and "no prediction to go by" in report.layers[1].reason
+
+
+def test_on_a_gpu_without_a_kernel_bf16_is_faster():
+    """There plain torch would compute the quantized layer; on a CPU, where nothing else can, the question is open."""
+    reason = "sm_75 has no int8 kernel"
+    layer = convert.LayerReport("0", "Linear", (8, 8), "int8", "converted", "reference", None, "plain torch", reason)
+    got = convert._unless_slower(layer, fqt.Recipe.int8(), on_gpu=True, strict=True)
+    assert (got.status, got.kernel, got.recipe) == ("skipped", "", "")
+    assert got.reason == f"bf16 is faster than plain torch: {reason}"
+    with pytest.raises(ValueError, match="only_if_faster"):
+        convert._unless_slower(layer, fqt.Recipe.int8(), on_gpu=False, strict=True)
+
+
+def test_only_if_faster_without_a_gpu_says_so():
+    model = mlp()
+    with pytest.raises(ValueError, match="no GPU: on cpu; move the model to its GPU first"):
+        fqt.quantize_(model, "int8", only_if_faster=True)
+    assert type(model[0]) is nn.Linear
+    assert len(fqt.quantize_(model, "int8", only_if_faster=True, strict=False).converted) == 3
+
+
+def test_full_precision_needs_no_prediction(h100):
+    report = fqt.quantize_(wide_and_narrow(), {"0": "int8", "1": "exact"}, only_if_faster=True)
+    assert report.layers[1].recipe == "exact" and report.layers[1].expected == ""
+
+
+def test_a_layer_that_runs_in_plain_torch_has_no_prediction(h100):
+    with fqt.backend("reference"):
+        report = fqt.quantize_(wide_and_narrow(), "int8")
+    assert {r.speedup for r in report.layers} == {None}
+    assert {r.speedup_source for r in report.layers} == {"plain torch: asked for"}
+
+
+def test_explain_prints_the_terms_of_the_prediction(h100):
+    layer = unset(fqt.nn.Linear(4096, 2048, device="meta", recipe="psq8"))
+    text = convert.explanation(layer, torch.empty(4, 1024, 4096))
+    expected = cost.linear(4096, 2048, 4096, layer.recipe, h100)
+    assert f"{expected.ratio:.2f}× (measured)" in text and str(h100) in text
+    for term in (*expected.products, *expected.passes):
+        assert f"{term.ms:.4f} ms" in text
+    assert "6 bytes an element, 100.7 MB" in text  # of X: 6 · 4096 · 4096
+    bhq = fqt.nn.Linear(16, 8, recipe="bhq4")
+    assert "not predicted: the block Householder" in convert.explanation(bhq, torch.empty(8, 16))
