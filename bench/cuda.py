@@ -63,6 +63,25 @@ class CudaTimer:
         return start.elapsed_time(end)
 
 
+def memory(forward: Callable[[], torch.Tensor], backward: Callable[[torch.Tensor], object]) -> dict[str, int]:
+    """Bytes that the forward keeps until its backward, its output left out, and the peak of both above what was there.
+
+    A step before it makes whatever stays (codes of the weight, kernels, gradients).
+    """
+    for _ in range(2):
+        y = forward()
+        backward(y)
+        del y
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    y = forward()
+    saved = torch.cuda.memory_allocated() - before - y.numel() * y.element_size()
+    backward(y)
+    torch.cuda.synchronize()
+    return {"saved": saved, "peak": torch.cuda.max_memory_allocated() - before}
+
+
 def launches(step: Callable[[], object]) -> dict[str, Any]:
     """What one step launches, by torch.profiler: see `count_launches`. The step must be compiled and warm.
 

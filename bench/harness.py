@@ -11,7 +11,7 @@ import random
 import statistics
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -49,7 +49,9 @@ class Candidate:
 
     run(i) launches on input set i and returns its outputs. check(outputs, i) returns a remark such as "bit-equal", or
     raises Wrong. ops and bytes: the operations and the bytes of memory traffic that the work needs at least, None where
-    no rate is to be quoted. ours: a failure of this one is a failure of the benchmark.
+    no rate is to be quoted. ours: a failure of this one is a failure of the benchmark. tag: what it counts as in the
+    targets. rewind: called before a run that is to repeat the one before. same_bits: candidates of a case with the same
+    name here must give the same bits.
     """
 
     name: str
@@ -59,6 +61,9 @@ class Candidate:
     bytes: float | None = None
     ours: bool = True
     prediction: str = ""
+    tag: str = ""
+    rewind: Callable[[], object] | None = None
+    same_bits: str = ""
 
 
 @dataclass(frozen=True)
@@ -97,14 +102,20 @@ class Effort:
     warm_up_rounds: int = 3
 
 
-def measure(case: Case, timer: Timer, budget: Budget, effort: Effort = Effort()) -> dict[str, Any]:
+def measure(
+    case: Case, timer: Timer, budget: Budget, effort: Effort = Effort(), refused: Mapping[str, str] = {}
+) -> dict[str, Any]:
     """Check, warm up, sample and check again every candidate of a case: plain values, ready for JSON.
 
     Each round runs every candidate once, in an order of its own: drifts of clock or temperature reach all alike.
-    A verdict is "ok", "wrong", "error", "does not fit" or "skipped"; only "ok" comes with figures.
+    A verdict is "ok", "wrong", "error", "crashed" (named in `refused`, with the reason, and not run), "does not fit",
+    "not installed" or "skipped"; only "ok" comes with figures.
     """
     records = {c.name: _record(c) for c in case.candidates}
-    active = [c for c in case.candidates if _admit(c, case, timer, budget, records[c.name])]
+    for name in refused.keys() & records.keys():
+        records[name] |= {"verdict": "crashed", "remark": refused[name]}
+    candidates = [c for c in case.candidates if c.name not in refused]
+    active = [c for c in candidates if _admit(c, case, timer, budget, records[c.name])]
     samples: dict[str, list[Sample]] = {c.name: [] for c in active}
     lead_ms = _warm_up(active, case, timer, effort, records)
     start, done = timer.now(), 0
@@ -125,6 +136,44 @@ def measure(case: Case, timer: Timer, budget: Budget, effort: Effort = Effort())
     _add_ratios(records, case)
     return {"suite": case.suite, "shape": case.shape, "unit": case.unit, "baseline": case.baseline, "rounds": done,
             "sets": case.sets, "lead_ms": lead_ms, "candidates": list(records.values())}  # fmt: skip
+
+
+def repeat(
+    case: Case, timer: Timer, refused: Mapping[str, str] = {}, runs: int = 3, set_: int = 0
+) -> list[dict[str, str]]:
+    """Whether fqt's own candidates give the same bits in each of several runs, and those that must, the same as others.
+
+    One record each: suite, shape, name, verdict ("ok", "differs" or a failure's) and remark.
+    """
+    records, first = [], {}
+    for candidate in (c for c in case.candidates if c.ours and c.name not in refused):
+        record = {"suite": case.suite, "shape": case.shape, "name": candidate.name, "verdict": "ok",
+                  "remark": f"{runs} runs bit-equal"}  # fmt: skip
+        records.append(record)
+        try:
+            kept = _bits(candidate, timer, set_)
+            differs = next((f"run {i + 1} differs from run 1" for i in range(1, runs)
+                            if not _equal(kept, _bits(candidate, timer, set_))), "")  # fmt: skip
+            if candidate.same_bits:
+                name, bits = first.setdefault(candidate.same_bits, (candidate.name, kept))
+                differs = differs or ("" if _equal(bits, kept) else f"differs from {name}")
+        except Exception as error:
+            record |= _failure(error)
+        else:
+            record |= {"verdict": "differs", "remark": differs} if differs else {}
+    return records
+
+
+def _bits(candidate: Candidate, timer: Timer, set_: int) -> list[torch.Tensor]:
+    if candidate.rewind is not None:
+        candidate.rewind()
+    out = candidate.run(set_)
+    timer.synchronize()
+    return [t.clone() for t in (out if isinstance(out, tuple) else (out,)) if t is not None]
+
+
+def _equal(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def orders(candidates: int, rounds: int, seed: int = 0) -> Iterator[list[int]]:
@@ -179,6 +228,7 @@ def _record(candidate: Candidate) -> dict[str, Any]:
     return {
         "name": candidate.name,
         "ours": candidate.ours,
+        "tag": candidate.tag,
         "prediction": candidate.prediction,
         "verdict": "ok",
         "remark": "",
@@ -211,6 +261,8 @@ def _failure(error: Exception) -> dict[str, str]:
     if isinstance(error, Wrong):
         return {"verdict": "wrong", "remark": str(error)}
     text = (str(error).strip() or "no message").splitlines()[0][:200]
+    if isinstance(error, ModuleNotFoundError):
+        return {"verdict": "not installed", "remark": text}
     if type(error).__name__ == "OutOfResources":  # Triton's: more shared memory than a block may have
         return {"verdict": "does not fit", "remark": text}
     return {"verdict": "error", "remark": f"{type(error).__name__}: {text}"}

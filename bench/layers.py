@@ -1,0 +1,190 @@
+"""The case of a linear layer, forward and backward, and what a forward keeps in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Container
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fqt
+import fqt.nn
+from fqt import cost, dispatch, reference
+from fqt.ops import DGRAD, WGRAD
+from fqt.qtensor import QTensor
+from fqt.recipe import Quantizer, Recipe
+
+from .cases import BF16_BOUND, ceilings, gaussian, has_fp8, quantize_exactly
+from .harness import Candidate, Case, check_near
+
+RECIPES = ("int8", "psq8")
+STREAM_KEY = 0x0123456789ABCDEF
+OWN = "fqt.nn.Linear "  # a candidate's name before its recipe's
+TORCHAO_BOUND = 0.05  # of its outputs: two 8-bit quantizations, each about 1 % of the values' norm, and the same of W
+
+
+def recipes(device: torch.device) -> tuple[str, ...]:
+    return (*RECIPES, "fp8") if has_fp8(device) else RECIPES
+
+
+def linear(m: int, n: int, k: int, device: torch.device, sets: int = 2) -> Case:
+    """Forward and backward of a linear layer without bias, X (M, K), W (N, K), bf16: `fqt.nn.Linear` against nn.Linear,
+    eager and compiled, and torchao's int8 mixed-precision training.
+
+    All of the quantization is timed. The codes of the weight are dropped at the start of each run, on the host, so that
+    every run quantizes the weight in both layouts, as a training step does.
+    """
+    x = [gaussian(m, k, device=device, seed=2 * i).requires_grad_() for i in range(sets)]
+    dy = [gaussian(m, n, device=device, seed=2 * i + 1) for i in range(sets)]
+    ops = 6.0 * m * n * k
+    plain = torch.nn.Linear(k, n, bias=False, device=device, dtype=torch.bfloat16)
+    baseline = Candidate("nn.Linear bf16", step(plain, x, dy), _exact_check(plain, x, dy, BF16_BOUND), ops, ours=False,
+                         tag="bf16")  # fmt: skip
+    candidates = [baseline]
+    hopper = ["int8"] if _against_hopper(device) is None else []
+    for name, backend in [(name, "auto") for name in recipes(device)] + [(name, "hopper") for name in hopper]:
+        layer = fqt.nn.Linear(k, n, bias=False, device=device, dtype=torch.bfloat16, recipe=name)
+        with torch.no_grad():
+            layer.weight.copy_(plain.weight)
+            layer._fqt_rng.copy_(torch.tensor([STREAM_KEY, 0]))  # the same bits whichever kernels compute the layer
+        note = "" if backend == "auto" else f" {backend}"
+        candidates.append(
+            Candidate(
+                f"{OWN}{name}{note}", step(layer, x, dy, backend=backend), _layer_check(layer, x, dy), ops,
+                prediction="" if note else _prediction(m, n, k, layer.recipe, device), tag=f"{name}{note}",
+                rewind=_rewind(layer), same_bits=name,
+            )
+        )  # fmt: skip
+    if device.type == "cuda":
+        compiled = Candidate("nn.Linear bf16, torch.compile", step(plain, x, dy, compiled=True),
+                             _exact_check(plain, x, dy, BF16_BOUND), ops, ours=False, tag="bf16 compiled")  # fmt: skip
+        candidates += [compiled, _torchao(plain, x, dy, ops)]
+    return Case("linear fwd+bwd", f"{m}x{n}x{k}", "TFLOP/s", baseline.name, tuple(candidates), sets)
+
+
+def _against_hopper(device: torch.device) -> str | None:
+    """Why the kernel for Hopper does not run on the device, None if it does."""
+    from fqt_kernels.gemm_hopper import reason_against
+
+    arch = dispatch.device_info(str(device))[0] if device.type == "cuda" else ""
+    return reason_against(arch, 128, 128, 128)
+
+
+def _prediction(m: int, n: int, k: int, recipe: Recipe, device: torch.device) -> str:
+    expected = ceilings(device)
+    if expected is None:
+        return ""
+    try:
+        return str(cost.linear(m, n, k, recipe, expected))
+    except cost.NotModelled:
+        return ""
+
+
+def step(
+    layer: torch.nn.Linear, x: list[Tensor], dy: list[Tensor], compiled: bool = False, backend: str = "auto"
+) -> Callable[[int], tuple[Tensor, Tensor, Tensor]]:
+    """run(i): forward and backward on input set i from empty gradients; returns (Y, dX, dW)."""
+    forward = torch.compile(layer, dynamic=False) if compiled else layer
+
+    def run(i: int) -> tuple[Tensor, Tensor, Tensor]:
+        x[i].grad = layer.weight.grad = None
+        fqt.invalidate_(layer)
+        with fqt.backend(backend) if backend != "auto" else contextlib.nullcontext():  # "auto": whatever is in force
+            y = forward(x[i])
+            y.backward(dy[i])
+        return y.detach(), x[i].grad, layer.weight.grad
+
+    return run
+
+
+def _rewind(layer: fqt.nn.Linear) -> Callable[[], object]:
+    """Takes the layer's random stream back to where it is now."""
+    state = layer._fqt_rng.clone()
+    return lambda: layer._fqt_rng.copy_(state)
+
+
+def _torchao(plain: torch.nn.Linear, x: list[Tensor], dy: list[Tensor], ops: float) -> Candidate:
+    """torchao's prototype, compiled, as its own benchmarks run it; the import fails where it is not installed."""
+    runs: list[Callable] = []
+
+    def run(i: int) -> tuple[Tensor, Tensor, Tensor]:
+        if not runs:
+            from torchao.prototype.quantized_training import int8_mixed_precision as torchao
+
+            layer = torchao.Int8MixedPrecisionTrainingLinear(
+                plain.in_features, plain.out_features, bias=False, device=plain.weight.device, dtype=plain.weight.dtype,
+                config=torchao.Int8MixedPrecisionTrainingConfig(),
+            )  # fmt: skip
+            with torch.no_grad():
+                layer.weight.copy_(plain.weight)
+            runs.append(step(layer, x, dy, compiled=True))
+        return runs[0](i)
+
+    return Candidate("torchao int8 mixed precision, torch.compile", run, _exact_check(plain, x, dy, TORCHAO_BOUND), ops,
+                     ours=False, tag="torchao")  # fmt: skip
+
+
+def _exact_check(layer: torch.nn.Linear, x: list[Tensor], dy: list[Tensor], bound: float):
+    def check(out: tuple[Tensor, Tensor, Tensor], i: int) -> str:
+        a, w, g = x[i].detach().float(), layer.weight.detach().float(), dy[i].float()
+        return _check_layer(out, (reference.mm(a, w.t()), reference.mm(g, w), reference.mm(g.t(), a)), bound)
+
+    return check
+
+
+def _layer_check(layer: fqt.nn.Linear, x: list[Tensor], dy: list[Tensor]):
+    """Against `fqt.reference`'s definitions of the three products, in float32, with the random bits of the step done."""
+
+    def check(out: tuple[Tensor, Tensor, Tensor], i: int) -> str:
+        recipe: Recipe = layer.recipe
+        rng = layer._fqt_rng.clone()
+        rng[1] -= 1
+        xq, wq = _quantized(x[i].detach(), recipe.x), _quantized(layer.weight.detach(), recipe.w)
+        g = dy[i].float()
+        want = (
+            reference.fprop(xq, wq),
+            reference.dgrad(g, wq, recipe, rng=rng, stream=DGRAD),
+            reference.wgrad(g, xq, recipe, rng=rng, stream=WGRAD),
+        )
+        return _check_layer(out, want, BF16_BOUND)
+
+    return check
+
+
+def _quantized(t: Tensor, quantizer: Quantizer) -> QTensor:
+    return quantize_exactly(t, quantizer) if quantizer.format == "int" else reference.quantize(t, quantizer)
+
+
+def _check_layer(out: tuple[Tensor, ...], want: tuple[Tensor, ...], bound: float) -> str:
+    parts = zip(out, want, ("Y", "dX", "dW"), strict=True)
+    return ", ".join(f"{what} {check_near(got, to, bound, what)}" for got, to, what in parts)
+
+
+# ---- memory
+
+
+def memory(
+    m: int, n: int, k: int, device: torch.device, usage: Callable[..., dict[str, int]], refused: Container[str] = ()
+) -> list[dict[str, Any]]:
+    """For nn.Linear and each recipe: "saved", the bytes that a forward keeps for its backward, and "peak" of both; the
+    codes of the weight, which outlive the step, are not counted. usage(forward, backward): see `bench.cuda.memory`."""
+    dy = gaussian(m, n, device=device, seed=1)
+    options = {"bias": False, "device": device, "dtype": torch.bfloat16}
+    built = {"bf16": lambda: torch.nn.Linear(k, n, **options)}
+    for name in recipes(device):
+        if OWN + name not in refused:
+            built[name] = functools.partial(fqt.nn.Linear, k, n, recipe=name, **options)
+    records = []
+    for name, build in built.items():
+        layer = build()
+
+        def forward(layer: torch.nn.Linear = layer) -> Tensor:
+            # As inside a network: nothing but the layer may keep its input, so the leaf is a single element.
+            leaf = torch.ones(1, 1, device=device, dtype=torch.bfloat16, requires_grad=True)
+            return layer(leaf.expand(m, k).contiguous())
+
+        records.append({"name": name, "shape": f"{m}x{n}x{k}", **usage(forward, lambda y: y.backward(dy))})
+    return records

@@ -1,0 +1,207 @@
+"""What a result says: the tables, whether the targets are met, and the ceilings for `fqt.cost`. Pure functions of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fqt.cli import table
+
+from .products import DISPATCHED
+
+HEADER = ("suite", "shape", "candidate", "ms", "p10-p90", "rate", "ratio", "prediction", "verdict")
+FAILED = ("wrong", "error", "crashed", "differs")
+OWN_INT8 = ("portable", "split", "hopper")
+OWN_LAYER = ("int8", "int8 hopper")
+BF16 = ("bf16", "bf16 compiled")  # the faster one is the baseline
+Result = dict[str, Any]
+
+
+def failures(result: Result) -> list[str]:
+    """fqt's own candidates that failed or changed their bits, a choice of dispatch that does not fit, cases not built."""
+
+    def failed(c: dict[str, Any]) -> bool:
+        return c["verdict"] in FAILED or (c["verdict"] == "does not fit" and DISPATCHED in c["name"])
+
+    bad = [f"{case['suite']} {case['shape']}: {c['name']}: {c['verdict']}" for case in result["cases"]
+           for c in case["candidates"] if c["ours"] and failed(c)]  # fmt: skip
+    bad += [f"repeat {r['shape']}: {r['name']}: {r['verdict']}" for r in result["repeats"] if failed(r)]
+    return bad + [f"{s['suite']} {s['shape']}: error" for s in result["skipped"] if s["verdict"] == "error"]
+
+
+# ---- targets
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure that is to be at least (or, with at_most, at most) its bound. measure(result) is None where it is missing."""
+
+    name: str
+    what: str
+    bound: float
+    measure: Callable[[Result], float | None]
+    unit: str = "×"
+    at_most: bool = False
+
+    def row(self, result: Result) -> tuple[str, str, str, str, str]:
+        value = self.measure(result)
+        sign = "≤" if self.at_most else "≥"
+        head = (self.name, self.what, f"{sign} {_shown(self.bound, self.unit)}")
+        if value is None:
+            return (*head, "", "not measured")
+        met = value <= self.bound if self.at_most else value >= self.bound
+        return (*head, _shown(value, self.unit), "met" if met else "missed")
+
+
+def _shown(value: float, unit: str) -> str:
+    return f"{value:.2f}×" if unit == "×" else f"{value:.0f} {unit}".rstrip()
+
+
+def best(result: Result, suite: str, shape: str, tags: Sequence[str], field: str = "tops") -> float | None:
+    """The largest figure of the candidates with one of these tags that passed their checks."""
+    found = [c[field] for case in result["cases"] if (case["suite"], case["shape"]) == (suite, shape)
+             for c in case["candidates"] if c["tag"] in tags and c["verdict"] == "ok" and c.get(field)]  # fmt: skip
+    return max(found, default=None)
+
+
+def _rate(suite: str, shape: str, tags: Sequence[str]) -> Callable[[Result], float | None]:
+    return lambda result: best(result, suite, shape, tags)
+
+
+def _over(suite: str, shape: str, tags: Sequence[str], base: Sequence[str], field: str = "tops"):
+    """The rate of the best candidate with one of `tags` over that of the best with one of `base`."""
+
+    def measure(result: Result) -> float | None:
+        ours, theirs = (best(result, suite, shape, t, field) for t in (tags, base))
+        return None if ours is None or theirs is None else ours / theirs
+
+    return measure
+
+
+def _saved(result: Result) -> float | None:
+    saved = {r["name"]: r["saved"] for r in result["memory"]}
+    return saved["int8"] / saved["bf16"] if {"int8", "bf16"} <= saved.keys() else None
+
+
+def _repeated(result: Result) -> float | None:
+    """The share of the own candidates that repeat their bits; those that could not run are none."""
+    verdicts = [r["verdict"] for r in result["repeats"] if r["verdict"] in ("ok", *FAILED)]
+    return 100.0 * verdicts.count("ok") / len(verdicts) if verdicts else None
+
+
+GEMM, LINEAR, QUANTIZE = "gemm", "linear fwd+bwd", "quantize"
+CUBE8, CUBE4, SQUARE = "8192x8192x8192", "4096x4096x4096", "8192x8192"
+TARGETS = (
+    Target("T1", "int8 product at 8192³", 1150, _rate(GEMM, CUBE8, OWN_INT8), "TOPS"),
+    Target("T1", "int8 product over bf16 at 8192³", 1.40, _over(GEMM, CUBE8, OWN_INT8, ["bf16"])),
+    Target("T1", "portable int8 product at 8192³", 950, _rate(GEMM, CUBE8, ["portable", "split"]), "TOPS"),
+    Target("T2", "int8 product over _int_mm at 8192³", 1.00, _over(GEMM, CUBE8, OWN_INT8, ["_int_mm"])),
+    Target("T2", "int8 product over _int_mm at 4096³", 1.00, _over(GEMM, CUBE4, OWN_INT8, ["_int_mm"])),
+    Target("T2", "int8 product over fp8 _scaled_mm at 8192³", 0.92, _over(GEMM, CUBE8, OWN_INT8, ["_scaled_mm fp8"])),
+    Target("T2", "int8 product over fp8 _scaled_mm at 4096³", 0.92, _over(GEMM, CUBE4, OWN_INT8, ["_scaled_mm fp8"])),
+    Target("T3", "int8 layer over bf16 at 8192³", 1.30, _over(LINEAR, CUBE8, OWN_LAYER, BF16)),
+    Target("T3", "int8 layer over bf16, Llama-8B w13", 1.20, _over(LINEAR, "8192x28672x4096", OWN_LAYER, BF16)),
+    Target("T3", "int8 layer over bf16, Llama-8B w2", 1.20, _over(LINEAR, "8192x4096x14336", OWN_LAYER, BF16)),
+    Target("T3", "int8 layer over bf16 at 4096³", 1.10, _over(LINEAR, CUBE4, OWN_LAYER, BF16)),
+    Target("T4", "int8 layer over torchao's at 8192³", 1.15, _over(LINEAR, CUBE8, OWN_LAYER, ["torchao"])),
+    Target("T5", "row quantization over a copy", 0.90, _over(QUANTIZE, SQUARE, ["rows nearest"], ["copy"], "gb_s")),
+    Target("T5", "the same, stochastic", 0.85, _over(QUANTIZE, SQUARE, ["rows stochastic"], ["copy"], "gb_s")),
+    Target("T5", "both layouts over a copy", 0.85, _over(QUANTIZE, SQUARE, ["both nearest"], ["copy"], "gb_s")),
+    Target("T6", "stochastic over nearest time, rows", 1.10,
+           _over(QUANTIZE, SQUARE, ["rows nearest"], ["rows stochastic"], "gb_s"), at_most=True),
+    Target("T6", "stochastic over nearest time, both layouts", 1.10,
+           _over(QUANTIZE, SQUARE, ["both nearest"], ["both stochastic"], "gb_s"), at_most=True),
+    Target("T9", "bytes that a forward saves over bf16's", 0.52, _saved, at_most=True),
+    Target("T10", "candidates whose runs are bit-identical", 100, _repeated, "%"),
+)  # fmt: skip
+
+
+# ---- ceilings
+
+
+def ceilings(result: Result, file: str) -> dict[str, Any] | None:
+    """The entry of this GPU for `fqt/ceilings.json`: the best rates of the run; None where one is missing."""
+    found = [(case, c) for case in result["cases"] for c in case["candidates"] if c["verdict"] == "ok"]
+
+    def rate(tags: Sequence[str]) -> float | None:
+        return max((c["tops"] for case, c in found if case["suite"] == GEMM and c["tag"] in tags), default=None)
+
+    copies = [(_elements(case["shape"]), c["gb_s"]) for case, c in found if c["tag"] == "copy"]
+    rates = {
+        "bf16_tflops": rate(["bf16"]),
+        "int8_tops": rate(OWN_INT8),
+        "fp8_tflops": rate(["fp8"]),
+        "tb_s": max(copies)[1] / 1e3 if copies else None,  # of the largest matrix: a small one stays in the L2
+    }
+    if any(value is None for name, value in rates.items() if name != "fp8_tflops"):
+        return None
+    e = result["environment"]
+    versions = {name: e[name] for name in ("torch", "triton", "cuda", "hip", "driver") if e[name]}
+    rounded = {name: None if value is None else round(value, 3) for name, value in rates.items()}
+    return {"gpu": e["gpu"], **rounded, "versions": versions, "date": e["date"], "file": file}
+
+
+def _elements(shape: str) -> int:
+    return math.prod(int(size) for size in shape.split("x"))
+
+
+# ---- tables
+
+
+def report(result: Result) -> str:
+    """The environment, what was measured beside what was predicted, and the targets."""
+    e = result["environment"]
+    commit = f"commit {(e['commit'] or 'unknown')[:9]}{' with changes' if e['dirty'] else ''}, source {e['source']}"
+    bad = failures(result)
+    lines = [
+        f"{e['gpu'] or 'no GPU'}, capability {e['capability']}, {e['processors']} processors, driver {e['driver']}, "
+        f"torch {e['torch']}, Triton {e['triton']}, CUDA {e['cuda']}, Python {e['python']}, {e['date']}, {commit}",
+        "ratio: rate over that of the first candidate of the case, same run; prediction: fqt.cost before this run",
+        "",
+        table(HEADER, list(_rows(result)), right=(3, 4, 5, 6)),
+        "",
+        table(("", "target", "bound", "measured", "verdict"), [t.row(result) for t in TARGETS], right=(2, 3)),
+        "",
+        f"{result['spent_s']:.0f} of {result['budget_s']:.0f} s spent; {len(bad)} failures",
+    ]
+    return "\n".join([*lines, *(f"FAILED {name}" for name in bad)])
+
+
+def _rows(result: Result) -> Iterator[tuple[str, ...]]:
+    for case in result["cases"]:
+        for candidate in case["candidates"]:
+            yield _row(case, candidate)
+    for r in result["memory"]:
+        base = result["memory"][0]["saved"]
+        verdict = f"a forward saves; the peak is {r['peak'] / 2**20:.0f} MiB"
+        rate, ratio = f"{r['saved'] / 2**20:.1f} MiB", f"{r['saved'] / base:.2f}" if base else ""
+        yield ("memory", r["shape"], r["name"], "", "", rate, ratio, "", verdict)
+    for r in result["repeats"]:
+        yield ("repeat", r["shape"], r["name"], "", "", "", "", "", _verdict(r))
+    base = result["launches"][0]["kernels"] if result["launches"] else 0
+    for r in result["launches"]:
+        rate, ratio = f"{r['kernels']} kernels", f"{r['kernels'] / base:.2f}" if base else ""
+        yield ("launches", r["shape"], r["name"], "", "", rate, ratio, "", f"{r['copies']} copies or fills")
+    for s in result["skipped"]:
+        yield (s["suite"], s["shape"], "", "", "", "", "", "", _verdict(s))
+
+
+def _row(case: dict[str, Any], candidate: dict[str, Any]) -> tuple[str, ...]:
+    verdict = _verdict(candidate)
+    head, tail = (case["suite"], case["shape"], candidate["name"]), candidate["prediction"]
+    ms = candidate.get("ms")
+    if ms is None:
+        return (*head, "", "", "", "", tail, verdict)
+    if candidate["starved"] > ms["n"] / 2:
+        verdict += f"; host-bound: {candidate['host_ms']:.3f} ms to launch"
+    rate = candidate["gb_s"] if case["unit"] == "GB/s" else candidate["tops"]
+    ratio = f"{candidate['ratio']:.2f}" if "ratio" in candidate else ""
+    shown = f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"
+    figures = (f"{ms['median']:.4f}", f"{ms['p10']:.4f}-{ms['p90']:.4f}", f"{shown} {case['unit']}", ratio)
+    return (*head, *figures, tail, verdict)
+
+
+def _verdict(record: dict[str, Any]) -> str:
+    return ": ".join(filter(None, (record["verdict"], record["remark"])))
