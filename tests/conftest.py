@@ -10,7 +10,8 @@ if DEVICE == "cpu":
 
 import pytest
 
-torch.set_num_threads(min(torch.get_num_threads(), 2))
+# One thread for each of the processes that share the machine, if pytest-xdist runs several.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(torch.get_num_threads(), 2))
 
 
 @pytest.fixture
