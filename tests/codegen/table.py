@@ -12,9 +12,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = Path(__file__).resolve().parent / "figures"
-# The GPUs that are compiled for, and the name of their table of configurations; the processes take turns.
-ARCHES = {"sm_80": "sm80", "sm_90": "sm90", "sm_89": "sm80", "gfx942": "amd", "sm_120": "sm80", "sm_100": "sm100"}
-PARTS = min(len(ARCHES), os.cpu_count() or 1)  # processes
+# The GPUs that are compiled for, and the name of their table of configurations. A process each, the longest first.
+ARCHES = {"sm_90": "sm90", "sm_120": "sm80", "sm_100": "sm100", "sm_80": "sm80", "gfx942": "amd", "sm_89": "sm80"}
 
 
 @dataclass(frozen=True)
@@ -61,18 +60,18 @@ def config_name(config: tuple[int, ...]) -> str:
 
 def compile_table() -> Table:
     """Compile everything with the installed Triton, from an empty cache, in processes of their own."""
-    with ThreadPoolExecutor(PARTS) as pool:
-        lines = [json.loads(line) for output in pool.map(_compile_part, range(PARTS)) for line in output.splitlines()]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        lines = [json.loads(line) for output in pool.map(_compile, ARCHES) for line in output.splitlines()]
     heads = [line for line in lines if "kernels" in line]
     entries = {name: figures for line in lines if "kernels" not in line for name, figures in line.items()}
     return Table(heads[0]["triton"], frozenset(heads[0]["kernels"]), entries)
 
 
-def _compile_part(part: int) -> str:
+def _compile(arch: str) -> str:
     # Triton's settings change what it emits; TRITON_INTERPRET would keep it from compiling at all.
     env = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
     env["PYTHONPATH"] = os.pathsep.join([p for p in [env.get("PYTHONPATH")] if p] + [str(ROOT), str(ROOT / "kernels")])
-    command = [sys.executable, "-m", "tests.codegen.worker", str(part), str(PARTS)]
+    command = [sys.executable, "-m", "tests.codegen.worker", arch]
     with tempfile.TemporaryDirectory() as cache:
         env["TRITON_CACHE_DIR"] = cache
         done = subprocess.run(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)

@@ -1,6 +1,6 @@
-"""Compile the launches for every architecture without a GPU and print what the compiler made of them, in JSON lines.
+"""Compile the launches for an architecture without a GPU and print what the compiler made of them, in JSON lines.
 
-    python -m tests.codegen.worker PART PARTS
+    python -m tests.codegen.worker ARCH
 
 A process of its own, because `TRITON_INTERPRET=1` in the environment of the other tests turns kernels into Python.
 Triton itself specializes the arguments, as in a real launch: only its driver is replaced, by one that names the target.
@@ -24,7 +24,6 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from .launches import launches
-from .table import ARCHES
 
 MMA = re.compile(r"wgmma\.mma_async\S+|mma\.sync\S+|tcgen05\.mma\S+|v_s?mfma_\w+|v_s?wmma_\w+")
 SASS_MMA = re.compile(r"\b(?:IMMA|IGMMA|UTC\w*MMA)\b")
@@ -32,6 +31,7 @@ PTX_ACCESS = re.compile(r"\b(ld|st)\.global[\w.:]*?(?:\.v(\d))?\.[bsuf](\d+)\s")
 PTX_COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global\S*\s[^;]*?\], (0x[0-9a-f]+|\d+)")
 AMD_ACCESS = re.compile(r"\b(?:global|buffer|flat)_(load|store)_[us]?(byte|short|dwordx?\d?)\w*\s")
 AMD_BYTES = {"byte": 1, "short": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
+FUSED = re.compile(r"\bfma\.|\b(?:add|sub|mul)\.(?:ftz\.)?f32\b")  # the latter may be fused: no rounding is given
 LABEL = re.compile(r"^\s*([.$]?\.?L\w+):")
 BRANCH = re.compile(r"\b(?:bra|BRA|s_c?branch)[\w.]*\s.*?([.$]\.?L\w+)")
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s|^\t[a-z]\w+")  # of disassembled NVIDIA code; of AMD assembly
@@ -115,6 +115,28 @@ def resources(kernel) -> dict[str, int]:
     return {"registers": int(usage["vgpr_count"]), "spilled": spilled, "scalars_spilled": scalars}
 
 
+def pipeline(ptx: str) -> dict[str, object]:
+    """Of a warp-specialized product: registers that warps ask for, TMA loads and stores in the text, wgmma left in flight
+    by the waits of the main loop, arrivals on a barrier with no barrier of the consumers since they waited."""
+    waited = early = 0
+    for line in ptx.splitlines():
+        if "wgmma.wait_group" in line:
+            waited = 1
+        elif re.search(r"\bbar\.sync\s+0,", line):
+            waited = 0
+        elif "mbarrier.arrive.shared" in line:
+            early += waited
+    loop = "\n".join(main_loop(ptx, MMA))
+    copies = [re.findall(rf"cp\.async\.bulk\.tensor\.2d\.{to}", ptx) for to in (r"shared::\w+\.global", "global")]
+    return {
+        "setmaxnreg": sorted({int(n) for n in re.findall(r"setmaxnreg\S+\s+(\d+)", ptx)}),
+        "tma": [len(found) for found in copies],
+        "waits": sorted({int(n) for n in re.findall(r"wgmma\.wait_group\S+\s+(\d+)", loop)}),
+        "freed_early": early,
+        "fused": len(FUSED.findall(ptx)),
+    }
+
+
 def figures(name: str, kernel) -> dict[str, object]:
     """What the table records of a compiled kernel."""
     text = kernel.asm["ptx" if "ptx" in kernel.asm else "amdgcn"]
@@ -125,11 +147,16 @@ def figures(name: str, kernel) -> dict[str, object]:
     if MMA.search(text):
         entry["mma"] = sorted(set(MMA.findall(text)))
         entry["loop_loads"] = widths(main_loop(text, MMA))[0]
+        if "setmaxnreg" in text:
+            entry |= pipeline(text)
         # Disassembly takes as long as a compilation: once for each configuration.
         if name.endswith("scales even"):
             assembly = tool("nvdisasm", ["-c"], kernel.asm["cubin"]) if "cubin" in kernel.asm else text
             loop = main_loop(assembly, SASS_MMA if "cubin" in kernel.asm else MMA)
             entry["loop_instructions"] = sum(bool(INSTRUCTION.match(line)) for line in loop)
+            if "setmaxnreg" in text:
+                waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb\d, 0x(\w+)", "\n".join(loop))
+                entry["assembly_waits"] = sorted({int(n, 16) for n in waits})
     return entry
 
 
@@ -142,21 +169,20 @@ def kernels_of_the_package() -> list[str]:
     )
 
 
-def main(part: int, parts: int) -> None:
+def main(arch: str) -> None:
     print(json.dumps({"triton": triton.__version__, "kernels": kernels_of_the_package()}))
-    for arch in list(ARCHES)[part::parts]:
-        seen = set()  # launches share kernels: the ranges of x do not depend on the rounding
-        for name, launch in launches(arch):
-            try:
-                kernels = compiled(launch, target_of(arch))
-            except Exception as e:  # whatever a compiler throws: the other launches still have figures
-                print(json.dumps({f"{arch} ? {name}": {"error": f"{type(e).__name__}: {e}"[:500]}}), flush=True)
-                continue
-            for kernel_name, kernel in kernels:
-                if kernel.hash not in seen:
-                    seen.add(kernel.hash)
-                    print(json.dumps({f"{arch} {kernel_name} {name}": figures(name, kernel)}), flush=True)
+    seen = set()  # launches share kernels: the ranges of x do not depend on the rounding
+    for name, launch in launches(arch):
+        try:
+            kernels = compiled(launch, target_of(arch))
+        except Exception as e:  # whatever a compiler throws: the other launches still have figures
+            print(json.dumps({f"{arch} ? {name}": {"error": f"{type(e).__name__}: {e}"[:500]}}), flush=True)
+            continue
+        for kernel_name, kernel in kernels:
+            if kernel.hash not in seen:
+                seen.add(kernel.hash)
+                print(json.dumps({f"{arch} {kernel_name} {name}": figures(name, kernel)}), flush=True)
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(sys.argv[1])
