@@ -147,9 +147,7 @@ def test_small_outputs_are_split_until_each_processor_has_a_tile(shape, split):
     assert products.split_for(*shape, (128, 256, 128, 8, 3), 132) == split
 
 
-def test_the_layers_repeat_their_bits_and_the_products_agree(device, monkeypatch):
-    if device == "cpu":  # the reference takes the kernel's place
-        monkeypatch.setattr(layers, "_against_hopper", lambda device: None)
+def test_the_layers_repeat_their_bits_and_the_products_agree(device):
     for case in (layers.linear(64, 64, 64, torch.device(device), sets=1),
                  products.gemm(64, 96, 128, torch.device(device), sets=1)):  # fmt: skip
         records = repeat(case, FakeTimer(), runs=2)

@@ -574,6 +574,7 @@ def test_whoever_waits_for_the_gradient_of_a_parameter_is_told_of_it():
         assert seen == [1]
 
 
+@pytest.mark.filterwarnings("ignore:grad and param do not obey the gradient layout contract")
 def test_a_gradient_that_the_kernel_cannot_add_to_is_left_to_autograd():
     module = layer("int8", dtype=torch.float32)
     (expected, _), (held, _) = accumulated(module, False), accumulated(module, True, steps=1)
