@@ -32,7 +32,7 @@ def launches(arch: str) -> Iterator[tuple[str, Launch]]:
     for config in table:
         yield from _products(config, 4096, "")
     yield from _products(gemm.FLUSH_CONFIG[family], 200_704, "flush ")
-    if arch == "sm_89":  # for integers the instructions, and the memory of a processor, are those of sm_120
+    if arch == "sm_89":  # for integers the instructions are those of sm_80
         return
     for config in table:
         yield from _more_outputs(config, torch.int8, splits=family != "amd", every=config == table[-1])

@@ -41,7 +41,7 @@ def test_every_configuration_that_dispatch_may_choose_is_compiled(table, arch):
         if choice.backend == "reference":  # float8 where there is none
             continue
         kinds = {"fp8 scales" if codes == "e4m3" else "flush scales" if k == 200_704 else "scales"}
-        # Of sm_89 the split sums, which are int8's, are compiled for sm_120 instead.
+        # Of sm_89 the split sums, which are int8's, are compiled for sm_80 instead.
         kinds |= {"split added bfloat16 absmax"} if choice.split_k > 1 and arch != "sm_89" else set()
         extents = {"scales": "even" if n % 16 == 0 or n == 1 else "odd", "absmax": "tail"}
         for kind in kinds:
