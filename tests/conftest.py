@@ -20,6 +20,25 @@ def device() -> str:
     return DEVICE
 
 
+@pytest.fixture
+def guard(monkeypatch):
+    """guard(*modules): what these modules of launchers allocate lies between guard bands, poison where nothing is written.
+
+    Returns the `laws.GuardedTorch` they allocate from; that nothing outside was written is asserted when the test ends.
+    """
+    import laws
+
+    guarded = laws.GuardedTorch()
+
+    def replace_torch(*modules):
+        for module in modules:
+            monkeypatch.setattr(module, "torch", guarded)
+        return guarded
+
+    yield replace_torch
+    guarded.check()
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     """Every test starts from the same seeds, torch's and fqt's."""

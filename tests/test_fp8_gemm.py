@@ -16,11 +16,8 @@ MAX = 448.0  # the largest code
 
 
 @pytest.fixture(autouse=True)
-def memory(monkeypatch):
-    guarded = laws.GuardedTorch()
-    monkeypatch.setattr(kernels, "torch", guarded)
-    yield guarded
-    guarded.check()
+def memory(guard):
+    return guard(kernels)
 
 
 def operand(m, k, seed, scaled=True):

@@ -31,12 +31,9 @@ EPILOGUES = list(
 
 
 @pytest.fixture(autouse=True)
-def memory(monkeypatch):
+def memory(guard):
     """In every test what the launcher allocates lies between guard bands, and what it leaves unwritten is poison."""
-    guarded = laws.GuardedTorch()
-    monkeypatch.setattr(kernels, "torch", guarded)
-    yield guarded
-    guarded.check()
+    return guard(kernels)
 
 
 # ---- equal to the reference

@@ -21,11 +21,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning
 
 
 @pytest.fixture(autouse=True)
-def memory(monkeypatch):
-    guarded = laws.GuardedTorch()
-    monkeypatch.setattr(kernels, "torch", guarded)
-    yield guarded
-    guarded.check()
+def memory(guard):
+    return guard(kernels)
 
 
 def existing(m, n, stride, dtype, device, seed=0):

@@ -18,14 +18,10 @@ SHAPES = [(1, 1), (1, 33), (33, 1), (31, 32), (7, 64), (33, 47), (48, 32)]
 
 
 @pytest.fixture(autouse=True)
-def memory(monkeypatch):
+def memory(guard, monkeypatch):
     """What the launchers allocate lies between guard bands, and what they leave unwritten is poison."""
-    guarded = laws.GuardedTorch()
-    for module in (kernels, statistics):
-        monkeypatch.setattr(module, "torch", guarded)
     monkeypatch.setattr(kernels, "STATS_TILE", (16, 32, 1))
-    yield guarded
-    guarded.check()
+    return guard(kernels, statistics)
 
 
 def gradient(m, n, seed=0, dtype=torch.float32, strided=False):

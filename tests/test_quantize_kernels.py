@@ -29,13 +29,9 @@ WAYS = [(g, z, r) for r in ROUNDINGS for z in ZEROS for g in GRANULARITIES]
 
 
 @pytest.fixture(autouse=True)
-def memory(monkeypatch):
+def memory(guard):
     """In every test what the launchers allocate lies between guard bands, and what they leave unwritten is poison."""
-    guarded = laws.GuardedTorch()
-    for module in (kernels, statistics):
-        monkeypatch.setattr(module, "torch", guarded)
-    yield guarded
-    guarded.check()
+    return guard(kernels, statistics)
 
 
 def matrix(m, n, dtype, layout="contiguous", seed=0, device="cpu", factor=1.0):

@@ -21,12 +21,9 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="programs can only be o
 
 
 @pytest.fixture(autouse=True)
-def memory(monkeypatch):
+def memory(guard):
     """What the launcher allocates lies between guard bands; fresh memory holds poison."""
-    guarded = laws.GuardedTorch()
-    monkeypatch.setattr(kernels, "torch", guarded)
-    yield guarded
-    guarded.check()
+    return guard(kernels)
 
 
 @pytest.mark.parametrize("m, n, k", [(1, 1, 64), (33, 31, 80), (32, 64, 128), (65, 33, 207)])
