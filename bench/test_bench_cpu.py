@@ -10,7 +10,7 @@ import torch
 
 import fqt
 import fqt.nn
-from fqt import ops, reference
+from fqt import products, reference
 from fqt.recipe import Quantizer
 
 QUANTIZERS = {
@@ -35,7 +35,7 @@ def _two_threads():
 def test_quantize(benchmark, name):
     x = torch.randn(512, 512)
     rng = torch.tensor([1, 0])
-    call = x.clone if name == "clone" else lambda: ops.quantized(x, QUANTIZERS[name], rng=rng, cols=True)
+    call = x.clone if name == "clone" else lambda: products.quantized(x, QUANTIZERS[name], rng=rng, cols=True)
     benchmark(call)
 
 
@@ -44,7 +44,7 @@ def test_quantize(benchmark, name):
 def test_scaled_mm(benchmark, name):
     x, w = torch.randn(256, 512), torch.randn(256, 512)
     a, b = (reference.quantize(t, QUANTIZERS["per_row"]).rows() for t in (x, w))
-    benchmark((lambda: x @ w.t()) if name == "torch float32" else (lambda: ops.product(a, b)))
+    benchmark((lambda: x @ w.t()) if name == "torch float32" else (lambda: products.product(a, b)))
 
 
 @pytest.mark.benchmark(group="linear forward + backward, 256 x 512 -> 512")

@@ -25,6 +25,7 @@ _MODULES = (
     "householder",
     "nn",
     "ops",
+    "products",
     "qtensor",
     "recipe",
     "reference",

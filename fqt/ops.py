@@ -7,197 +7,17 @@ since operator schemas have no optional outputs.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from . import reference, rng
-from .dispatch import Choice, device_info, problem, select
-from .householder import Householder
+from . import products, reference, rng
 from .qtensor import Operand, QTensor
 from .recipe import Quantizer, Recipe
 
-DGRAD, WGRAD = 0, 1  # streams: the two quantizations of one dY draw bits of their own
 _DEVICES = ("cpu", "cuda")
-
-
-def _choose(op: str, t: Tensor, m: int, n: int, k: int = 0, dtype: torch.dtype | None = None, **more) -> Choice:
-    return select(problem(op, t.device, m, n, k, dtype or t.dtype, **more))
-
-
-def _device_guard(t: Tensor):
-    """Triton launches on the current device; the tensors may be on another."""
-    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
-
-
-# ---- on whichever backend: what the operators below are made of
-
-
-def quantized(
-    x: Tensor,
-    quantizer: Quantizer,
-    *,
-    multiplier: Tensor | None = None,
-    rng: Tensor | None = None,
-    stream: int = 0,
-    rank: int = 0,
-    rows: bool = True,
-    cols: bool = False,
-    sums: bool = False,
-    row_absmax: Tensor | None = None,
-) -> QTensor:
-    """`fqt.reference.quantize`, by the kernels where dispatch chooses them."""
-    random = rng if quantizer.rounding == "stochastic" else None
-    if x.numel() == 0 or _choose("quantize", x, *x.shape, format=quantizer.format).backend == "reference":
-        return reference.quantize(x, quantizer, multiplier=multiplier, rng=random, stream=stream, rank=rank,
-                                  rows=rows, cols=cols, sums=sums, row_absmax=row_absmax)  # fmt: skip
-    from fqt_kernels.quantize import quantize as launch
-
-    with _device_guard(x):
-        return QTensor(
-            *launch(x, bits=quantizer.bits, granularity=quantizer.granularity, zero=_zero(quantizer), rng=random,
-                    multiplier=multiplier, stream=stream + 256 * rank, rows=rows, cols=cols, sums=sums,
-                    stats=None if row_absmax is None else row_absmax[None, None])
-        )  # fmt: skip
-
-
-def _zero(quantizer: Quantizer) -> str:
-    """How the kernels call a quantizer's codes."""
-    return "e4m3" if quantizer.format == "e4m3" else quantizer.zero
-
-
-def quantized_gradient(
-    dy: Tensor, w: QTensor, x: QTensor, recipe: Recipe, bias: bool, *, rng: Tensor, rank: int
-) -> tuple[QTensor, QTensor, Tensor | None] | None:
-    """Both quantizations of dY (M, N), for dgrad and for wgrad, and its column sums (N,) if bias, by the fused kernels.
-
-    They are those that `input_gradient` and `weight_gradient` make each for itself. None where no fused kernel applies.
-    """
-    g, h = recipe.dgrad, recipe.wgrad
-    if g is None or h is None or g.householder or {g.rounding, h.rounding} != {"stochastic"} or dy.numel() == 0:
-        return None
-    if _choose("quantize", dy, *dy.shape, format=recipe.format).backend == "reference":
-        return None
-    from fqt_kernels.gradient import Side, quantize_gradient
-
-    with _device_guard(dy):
-        rows, cols, total = quantize_gradient(
-            dy, *(Side(z.bits, z.granularity, _zero(z)) for z in (g, h)),
-            row_mul=x.scale.flatten() if _folded(recipe.x) else None,
-            col_mul=w.scale.flatten() if _folded(recipe.w) else None,
-            rng=rng, streams=(DGRAD + 256 * rank, WGRAD + 256 * rank), sums=recipe.affine, bias=bias,
-        )  # fmt: skip
-    return (
-        QTensor(rows.codes, None, rows.scale, rows.offset, row_sum=rows.sums),
-        QTensor(None, cols.codes, cols.scale, cols.offset, col_sum=cols.sums),
-        total,
-    )
-
-
-def product(
-    a: Operand,
-    b: Operand,
-    bias: Tensor | None = None,
-    out_dtype: torch.dtype = torch.float32,
-    *,
-    out: Tensor | None = None,
-    row_absmax: Tensor | None = None,
-) -> Tensor:
-    """`fqt.reference.scaled_mm`, by the kernel that dispatch chooses.
-
-    out: an existing matrix of contiguous rows, which the product is added to, rounded once, instead of a new one of
-    out_dtype. row_absmax (M,) int32 is widened to cover the rows of the result (`fqt.reference.widen_row_absmax`).
-    """
-    m, n, k = a.q.shape[0], b.q.shape[0], a.q.shape[1]
-    plain = out is None and row_absmax is None
-    choice = _choose("scaled_mm", a.q, m, n, k, a.scale.dtype, format=_format(a.q), plain=plain)
-    if m == 0 or n == 0 or choice.backend == "reference":
-        c = reference.scaled_mm(a, b, bias, out_dtype if out is None else a.scale.dtype)
-        c = c if out is None else out.copy_(out.to(c.dtype) + c)
-        if row_absmax is not None:
-            reference.widen_row_absmax(row_absmax, c)
-        return c
-    operands = a.q.contiguous(), b.q.contiguous(), a.scale, b.scale
-    terms = dict(a_offset=a.offset, b_offset=b.offset, a_sum=a.sum, b_sum=b.sum,
-                 bias=None if bias is None else bias.contiguous())  # fmt: skip
-    with _device_guard(a.q):
-        if choice.kernel == "hopper":
-            from fqt_kernels.gemm_hopper import scaled_mm as launch
-
-            _, processors = device_info(str(a.q.device))
-            return launch(*operands, **terms, out_dtype=out_dtype, config=choice.config, processors=processors)
-        from fqt_kernels.gemm import scaled_mm as launch
-
-        return launch(*operands, **terms, out_dtype=out_dtype if out is None else None, out=out, row_absmax=row_absmax,
-                      config=choice.config, split_k=choice.split_k)  # fmt: skip
-
-
-def _format(q: Tensor) -> str:
-    """The format of codes, as recipes call it."""
-    return "int" if q.dtype == torch.int8 else "e4m3"
-
-
-def _folded(quantizer: Quantizer) -> bool:
-    """Whether the scales of X or W lie on an index that a gradient product contracts, so that they are folded into dY."""
-    return quantizer.granularity == "per_row"
-
-
-def _columns(t: QTensor, quantizer: Quantizer) -> Operand:
-    """The transposed codes of X or W as an operand, with scale 1 where the scales are folded into dY."""
-    return t.cols()._replace(scale=None) if _folded(quantizer) else t.cols()
-
-
-def input_gradient(
-    dy: Tensor, w: QTensor, recipe: Recipe, out_dtype: torch.dtype, g: QTensor | None = None, **random
-) -> Tensor:
-    """dgrad: dX = Q_b2(dY) W, (M, K), from dY (M, N) and the transposed codes of W (N, K); g: dY quantized already."""
-    quantizer = recipe.dgrad
-    if quantizer is None:
-        return reference.mm(dy.to(w.scale.dtype), w.dequantize()).to(out_dtype)
-    multiplier = w.scale.t() if _folded(recipe.w) else None
-    operand = _columns(w, recipe.w)
-    if not quantizer.householder:
-        if g is None:
-            g = quantized(dy, quantizer, multiplier=multiplier, stream=DGRAD, sums=recipe.affine, **random)
-        return product(g.rows(), operand, out_dtype=out_dtype)
-    y = dy.to(w.scale.dtype)
-    y = y if multiplier is None else y * multiplier
-    transform = Householder.of(y)
-    codes = quantized(transform.apply(y), quantizer, stream=DGRAD, sums=recipe.affine, **random)
-    # The inverse acts on the rows only, so it commutes with the product.
-    dx = transform.inverse(product(codes.rows(), operand, out_dtype=w.scale.dtype))
-    if y.shape[1]:
-        columns = w.col_sum.to(y.dtype) if _folded(recipe.w) else w.col_sum * w.scale[0]
-        columns = columns if w.offset is None else columns + w.offset[0] * float(y.shape[1])
-        dx = torch.where(transform.constant, y[:, :1] * columns, dx)
-    return dx.to(out_dtype)
-
-
-def weight_gradient(
-    dy: Tensor,
-    x: QTensor,
-    recipe: Recipe,
-    out_dtype: torch.dtype,
-    h: QTensor | None = None,
-    out: Tensor | None = None,
-    **random,
-) -> Tensor:
-    """wgrad: dW = Q_b1(dY)ᵀ X, (N, K), from dY (M, N) and the transposed codes of X (M, K).
-
-    h: dY quantized already. out: a gradient of earlier steps (N, K) that this one is added to, instead of a new one.
-    """
-    if recipe.wgrad is None:
-        dw = reference.mm(dy.t().to(x.scale.dtype), x.dequantize())
-        return dw.to(out_dtype) if out is None else out.copy_(out + dw)
-    if h is None:
-        multiplier = x.scale if _folded(recipe.x) else None
-        h = quantized(
-            dy, recipe.wgrad, multiplier=multiplier, stream=WGRAD, rows=False, cols=True, sums=recipe.affine, **random
-        )
-    return product(h.cols(), _columns(x, recipe.x), out_dtype=out_dtype, out=out)
 
 
 # ---- optional tensors in schemas
@@ -277,7 +97,7 @@ def quantize(
     if multiplier is not None:
         multiplier = multiplier.to(reference.compute_dtype(x))
     rng, row_absmax = (None if t is None else t.contiguous() for t in (rng, row_absmax))
-    t = quantized(
+    t = products.quantized(
         x, quantizer, multiplier=multiplier, rng=rng, stream=stream, rank=rank, rows=rows, cols=cols, sums=sums,
         row_absmax=row_absmax,
     )  # fmt: skip
@@ -385,7 +205,7 @@ def scaled_mm(
         raise ValueError("fqt::scaled_mm: an offset on one side needs the sum of the codes of the other")
     scales = [None if t is None else t.contiguous() for t in (a_scale, a_offset, b_scale, b_offset)]
     sums = [None if t is None else t.contiguous() for t in (a_sum, b_sum, bias)]
-    return product(
+    return products.product(
         Operand(a, scales[0], scales[1], sums[0]), Operand(b, scales[2], scales[3], sums[1]), sums[2], out_dtype,
         row_absmax=row_absmax,
     )  # fmt: skip
@@ -424,9 +244,9 @@ def linear(
     transposed codes of X (K, M), their scale, offset and column sums; else four empty tensors).
     """
     r = _recipe(recipe)
-    xq = quantized(x, r.x, cols=save_x, sums=r.affine)
+    xq = products.quantized(x, r.x, cols=save_x, sums=r.affine)
     w = QTensor(_as_codes(w_q, r), None, w_scale, w_offset, w_row_sum)
-    y = product(xq.rows(), w.rows(), bias, out_dtype)
+    y = products.product(xq.rows(), w.rows(), bias, out_dtype)
     if not save_x:
         return (
             y,
@@ -492,14 +312,14 @@ def linear_backward(
         None, _as_codes(x_qt, r), x_scale, _or_none(x_offset, x_offset.numel() > 0), None, _or_none(x_col_sum, r.affine)
     )
     g = h = total = None
-    if need_x and need_w and (both := quantized_gradient(dy, w, x, r, need_bias, **random)) is not None:
+    if need_x and need_w and (both := products.quantized_gradient(dy, w, x, r, need_bias, **random)) is not None:
         g, h, total = both
     if need_x:
-        dx = input_gradient(dy, w, r, x_dtype, g, **random)
+        dx = products.input_gradient(dy, w, r, x_dtype, g, **random)
     if need_bias:
         dbias = (dy.sum(0, dtype=w_scale.dtype) if total is None else total).to(bias_dtype)
     if need_w:  # last: dY may be the very gradient that is added to
-        added = weight_gradient(dy, x, r, w_dtype, h, w_grad, **random)
+        added = products.weight_gradient(dy, x, r, w_dtype, h, w_grad, **random)
         dw = added if w_grad is None else dw
     rng[1:].add_(1)
     return dx, dw, dbias

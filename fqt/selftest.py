@@ -374,7 +374,7 @@ def layer_checks(device: torch.device, interpreter: bool = False) -> Iterator[Ch
 
 
 def _layer_case(name: str, device: torch.device, backend: str) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    from . import nn, ops, rng
+    from . import nn, products, rng
 
     recipe = Recipe.parse(name)
     generator = torch.Generator().manual_seed(3)
@@ -394,10 +394,16 @@ def _layer_case(name: str, device: torch.device, backend: str) -> dict[str, tupl
     xq, wq = (reference.quantize(t, q, cols=True, sums=sums) for t, q in ((x, recipe.x), (w, recipe.w)))
     fold_w, fold_x = (q.granularity == "per_row" for q in (recipe.w, recipe.x))
     g = reference.quantize(
-        dy, recipe.dgrad, multiplier=wq.scale.t() if fold_w else None, rng=state, stream=ops.DGRAD, sums=sums
+        dy, recipe.dgrad, multiplier=wq.scale.t() if fold_w else None, rng=state, stream=products.DGRAD, sums=sums
     )
     h = reference.quantize(
-        dy, recipe.wgrad, multiplier=xq.scale if fold_x else None, rng=state, stream=ops.WGRAD, cols=True, sums=sums
+        dy,
+        recipe.wgrad,
+        multiplier=xq.scale if fold_x else None,
+        rng=state,
+        stream=products.WGRAD,
+        cols=True,
+        sums=sums,
     )
     products = {
         "fprop": (y, xq.rows(), wq.rows(), bias),

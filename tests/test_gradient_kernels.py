@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fqt import reference
-from fqt.ops import DGRAD, WGRAD
+from fqt.products import DGRAD, WGRAD
 from fqt.recipe import Quantizer, Recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")

@@ -12,7 +12,7 @@ from torch import nn
 
 import fqt
 import fqt.nn
-from fqt import ops, reference
+from fqt import ops, products, reference
 from fqt.qtensor import QTensor
 from fqt.recipe import Quantizer, Recipe
 
@@ -67,8 +67,8 @@ def test_the_three_products_equal_their_definition(recipe):
     # Both sides are float64 sums of at most 40 products: 1e-12 of the largest is thousands of roundings.
     close = dict(rtol=0, atol=1e-12 * float(dy.abs().max()) * 100)
     torch.testing.assert_close(y, reference.fprop(xq, wq, module.bias.detach()), **close)
-    torch.testing.assert_close(dx, reference.dgrad(dy, wq, r, **_random(r.dgrad, state, ops.DGRAD)), **close)
-    torch.testing.assert_close(dw, reference.wgrad(dy, xq, r, **_random(r.wgrad, state, ops.WGRAD)), **close)
+    torch.testing.assert_close(dx, reference.dgrad(dy, wq, r, **_random(r.dgrad, state, products.DGRAD)), **close)
+    torch.testing.assert_close(dw, reference.wgrad(dy, xq, r, **_random(r.wgrad, state, products.WGRAD)), **close)
     torch.testing.assert_close(db, dy.sum(0), **close)
 
 
@@ -207,8 +207,8 @@ def test_only_codes_of_the_input_are_saved(recipe):
 def test_nothing_is_saved_where_nothing_needs_a_gradient(monkeypatch):
     module = layer("int8", dtype=torch.float32)
     calls = []
-    original = ops.quantized
-    monkeypatch.setattr(ops, "quantized", lambda *a, **k: calls.append(k.get("cols", False)) or original(*a, **k))
+    original = products.quantized
+    monkeypatch.setattr(products, "quantized", lambda *a, **k: calls.append(k.get("cols", False)) or original(*a, **k))
     with torch.no_grad():
         assert not saved_tensors(module, torch.randn(4, 40))
     with torch.inference_mode():
@@ -221,8 +221,8 @@ def test_nothing_is_saved_where_nothing_needs_a_gradient(monkeypatch):
 def test_products_that_nobody_needs_are_not_computed(monkeypatch):
     computed = []
     for name in ("input_gradient", "weight_gradient"):
-        original = getattr(ops, name)
-        monkeypatch.setattr(ops, name, lambda *a, _n=name, _f=original, **k: computed.append(_n) or _f(*a, **k))
+        original = getattr(products, name)
+        monkeypatch.setattr(products, name, lambda *a, _n=name, _f=original, **k: computed.append(_n) or _f(*a, **k))
     module = layer("int8", dtype=torch.float32)
     module(torch.randn(4, 40)).sum().backward()
     assert computed == ["weight_gradient"]

@@ -7,7 +7,7 @@ import torch
 from laws import poisoned, random_state
 from torch.library import opcheck
 
-from fqt import dispatch, ops, reference
+from fqt import dispatch, ops, products, reference
 from fqt.qtensor import Operand
 from fqt.recipe import Quantizer, Recipe
 
@@ -207,9 +207,9 @@ def test_dgrad_and_wgrad_draw_independent_bits():
     """The two quantizations of one dY must not share bits: their codes' rounding errors are uncorrelated."""
     dy = torch.randn(64, 64)
     errors = []
-    for stream in (ops.DGRAD, ops.WGRAD):
+    for stream in (products.DGRAD, products.WGRAD):
         q = Quantizer(4, "per_tensor", "symmetric", "stochastic")
-        errors.append(ops.quantized(dy, q, rng=random_state(), stream=stream).dequantize() - dy)
+        errors.append(products.quantized(dy, q, rng=random_state(), stream=stream).dequantize() - dy)
     correlation = torch.corrcoef(torch.stack([e.flatten() for e in errors]))[0, 1]
     assert abs(float(correlation)) < 5 / 64  # 4096 pairs: standard deviation 1/64
 
@@ -244,7 +244,7 @@ def test_a_gradient_that_nothing_was_saved_for_is_an_error():
 
 def test_product_without_scale_is_scale_one():
     a = Operand(torch.ones(2, 3, dtype=torch.int8), torch.ones(1), None, None)
-    assert torch.equal(ops.product(a, a._replace(scale=None)), torch.full((2, 2), 3.0))
+    assert torch.equal(products.product(a, a._replace(scale=None)), torch.full((2, 2), 3.0))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -258,6 +258,6 @@ def test_nothing_waits_for_the_device(recipe):
         random = {"rng": torch.zeros(2, dtype=torch.int64), "rank": 0}
         xq = reference.quantize(x, r.x, cols=True, sums=True)
         wq = reference.quantize(w, r.w, cols=True, sums=True)
-        assert ops.product(xq.rows(), wq.rows()).shape == (200, 4)
-        assert ops.input_gradient(dy, wq, r, torch.float32, **random).shape == (200, 9)
-        assert ops.weight_gradient(dy, xq, r, torch.float32, **random).shape == (4, 9)
+        assert products.product(xq.rows(), wq.rows()).shape == (200, 4)
+        assert products.input_gradient(dy, wq, r, torch.float32, **random).shape == (200, 9)
+        assert products.weight_gradient(dy, xq, r, torch.float32, **random).shape == (4, 9)
