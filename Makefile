@@ -23,10 +23,10 @@ lint: $(VENV)/.installed
 
 # On a machine with a GPU, with the torch, Triton, pytest and hypothesis of the python3 at hand; no network. All three
 # parts run even if one fails: the GPU may be gone tomorrow.
-gpu: export PYTHONPATH := .:kernels
+gpu: export PYTHONPATH := .:kernels:bench
 gpu:
 	@failed=0; \
-	for part in "fqt doctor" "pytest -q" "bench.gpu"; do \
+	for part in "fqt doctor" "pytest -q" "fqt_bench.gpu"; do \
 		echo "== $(PYTHON) -m $$part"; $(PYTHON) -m $$part || failed=1; \
 	done; exit $$failed
 

@@ -64,9 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     text = "train a small network on real digits under several recipes; compare accuracy and gradient variance"
-    demo = commands.add_parser("demo", help=text, description=text.capitalize() + ".", formatter_class=_Defaults)
-    demo.add_argument("--epochs", type=_positive, default=8, help="passes over the training set")
-    demo.add_argument("--seeds", type=_positive, default=3, metavar="N", help="runs of each recipe")
+    demo = commands.add_parser("demo", help=text, description=text.capitalize() + ".", formatter_class=Defaults)
+    demo.add_argument("--epochs", type=positive, default=8, help="passes over the training set")
+    demo.add_argument("--seeds", type=positive, default=3, metavar="N", help="runs of each recipe")
     demo.add_argument(
         "--bits",
         type=_bits,
@@ -83,20 +83,25 @@ def _parser() -> argparse.ArgumentParser:
     text = (
         "print versions and devices; check every kernel on this device against the reference; say which backend is used"
     )
-    doctor = commands.add_parser("doctor", help=text, description=text.capitalize() + ".", formatter_class=_Defaults)
+    doctor = commands.add_parser("doctor", help=text, description=text.capitalize() + ".", formatter_class=Defaults)
     doctor.add_argument("--json", action="store_true", help="print the report as JSON instead of text")
     doctor.set_defaults(command=_doctor)
+
+    from . import cli_bench, cli_tune
+
+    cli_tune.add(commands)
+    cli_bench.add(commands)
     return parser
 
 
-class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
+class Defaults(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the defaults of options that take a value."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.nargs == 0 else super()._get_help_string(action)
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"not a whole number of at least 1: {text!r}")
     return int(text)

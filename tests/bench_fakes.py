@@ -1,6 +1,6 @@
 """Fakes for the tests of the benchmark: a clock that nothing real drives, and candidates that go wrong."""
 
-from bench.harness import Candidate, Case, Effort, Sample, Wrong
+from fqt_bench.harness import Candidate, Case, Effort, Sample, Wrong
 
 ONCE = Effort(rounds=2, min_rounds=2, warm_up_s=0.0, warm_up_rounds=1)
 

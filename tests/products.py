@@ -1,8 +1,8 @@
 """Operands of the scaled product with codes of every kind and scales of many magnitudes, and its launch."""
 
-import fqt_kernels.gemm as kernels
 import torch
 
+import fqt_kernels.gemm as kernels
 from fqt.qtensor import Operand
 
 INTERPRETED = not torch.cuda.is_available()

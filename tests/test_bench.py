@@ -8,8 +8,8 @@ import pytest
 import torch
 from bench_fakes import ONCE, FakeTimer, a_case, bad_candidates, candidate
 
-from bench import environment
-from bench.harness import (
+from fqt_bench import environment
+from fqt_bench.harness import (
     Budget,
     Effort,
     Sample,

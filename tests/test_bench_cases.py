@@ -4,11 +4,11 @@ import pytest
 import torch
 from bench_fakes import FakeTimer
 
-import bench.gpu
-from bench import cases, layers, products
-from bench.harness import Budget, Effort, Wrong, measure, repeat
+import fqt_bench.gpu
 from fqt import cost, dispatch, ops, reference
 from fqt.recipe import Quantizer, Recipe
+from fqt_bench import cases, layers, products
+from fqt_bench.harness import Budget, Effort, Wrong, measure, repeat
 
 BUILDERS = {"gemm": products.gemm, "quantize": cases.quantize, "linear": layers.linear}
 
@@ -166,14 +166,14 @@ def test_every_layer_of_the_linear_case_has_its_launches_and_its_memory_counted(
 
     shape = (64, 128, 32)
     ours = [layers.OWN + name for name in layers.recipes(torch.device(device))]
-    launches = bench.gpu.layer_launches(count, torch.device(device), shape)
+    launches = fqt_bench.gpu.layer_launches(count, torch.device(device), shape)
     assert [entry["name"] for entry in launches] == ["nn.Linear bf16", *ours]
     memory = layers.memory(*shape, torch.device(device), usage)
     assert [(r["name"], r["saved"]) for r in memory] == [
         (n, 64 * 128) for n in ("bf16", *layers.recipes(torch.device(device)))
     ]
     refused = {ours[0]: "did not end"}
-    assert len(bench.gpu.layer_launches(count, torch.device(device), shape, refused)) == len(launches) - 1
+    assert len(fqt_bench.gpu.layer_launches(count, torch.device(device), shape, refused)) == len(launches) - 1
     assert len(layers.memory(*shape, torch.device(device), usage, refused)) == len(memory) - 1
 
 

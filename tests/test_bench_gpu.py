@@ -9,15 +9,15 @@ import pytest
 import torch
 from bench_fakes import ONCE, FakeTimer, a_case, bad_candidates, candidate
 
-import bench.cuda
-import bench.gpu
-import bench.report
-from bench import ahead, environment
-from bench.cuda import CudaTimer, count_launches
-from bench.gpu import Plan
-from bench.harness import Budget, Candidate
-from bench.report import TARGETS, failures, report
+import fqt_bench.cuda
+import fqt_bench.gpu
+import fqt_bench.targets
 from fqt import cost
+from fqt_bench import ahead, environment
+from fqt_bench.cuda import CudaTimer, count_launches
+from fqt_bench.gpu import Plan
+from fqt_bench.harness import Budget, Candidate
+from fqt_bench.targets import TARGETS, failures, report
 
 # ---- the run, its file and its table
 
@@ -29,7 +29,7 @@ def _record(**fields):
 
 def _run(tmp_path, todo, budget_s=1000.0, timer=None, **fields):
     timer = timer or FakeTimer()
-    return bench.gpu.run(todo, timer, _record(**fields), tmp_path, Budget(budget_s, timer), ONCE)
+    return fqt_bench.gpu.run(todo, timer, _record(**fields), tmp_path, Budget(budget_s, timer), ONCE)
 
 
 def _plan(*candidates, needs_s=1.0):
@@ -96,7 +96,7 @@ def test_the_table_sets_predictions_beside_measurements_and_marks_host_bound_sam
 
 def test_without_a_gpu_nothing_is_measured_or_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert bench.gpu.main(["--out", str(tmp_path)]) == 2
+    assert fqt_bench.gpu.main(["--out", str(tmp_path)]) == 2
     out, err = capsys.readouterr()
     assert out == "" and "not measured: no GPU" in err
     assert list(tmp_path.iterdir()) == []
@@ -106,20 +106,20 @@ def test_main_prints_its_tables_and_its_status_says_whether_ours_passed(tmp_path
     good, bad = _plan(candidate("fine")), _plan(candidate("fine"), bad_candidates()["wrong"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(bench.gpu, "time", SimpleNamespace(perf_counter=lambda: 0.0))
-    monkeypatch.setattr(bench.cuda, "CudaTimer", lambda device: FakeTimer(second=0.1))
+    monkeypatch.setattr(fqt_bench.gpu, "time", SimpleNamespace(perf_counter=lambda: 0.0))
+    monkeypatch.setattr(fqt_bench.cuda, "CudaTimer", lambda device: FakeTimer(second=0.1))
     monkeypatch.setattr(ahead, "run_ahead", lambda command, parts, limit_s: {("suite", "1x1", "hung"): "did not end"})
     record = _record()
     monkeypatch.setattr(environment, "environment", lambda device: record)
     for todo, status in (([good], 0), ([bad], 1), ([_plan(candidate("fine"), candidate("hung"))], 1)):
-        monkeypatch.setattr(bench.gpu, "plans", lambda device, quick, todo=todo: todo)
-        assert bench.gpu.main(["--quick", "--out", str(tmp_path), "--budget-s", "60"]) == status
+        monkeypatch.setattr(fqt_bench.gpu, "plans", lambda device, quick, todo=todo: todo)
+        assert fqt_bench.gpu.main(["--quick", "--out", str(tmp_path), "--budget-s", "60"]) == status
         out, err = capsys.readouterr()
         (path,) = [line.removeprefix("bench: ") for line in err.splitlines() if line.endswith(".json")]
         result = json.loads(open(path, encoding="utf-8").read())
         assert out == report(result) + "\n" and result["budget_s"] == 60
         assert out.count("candidate  ") == 1 and out.count("target  ") == 1
-    assert bench.gpu.main(["--no-trial", "--out", str(tmp_path)]) == 0  # nothing hangs that was not tried
+    assert fqt_bench.gpu.main(["--no-trial", "--out", str(tmp_path)]) == 0  # nothing hangs that was not tried
 
 
 def test_entries_are_added_to_their_list_and_know_what_is_refused(tmp_path):
@@ -133,21 +133,23 @@ def test_entries_are_added_to_their_list_and_know_what_is_refused(tmp_path):
     timer = FakeTimer()
     todo = [Plan("repeats", "1x1", 1.0, build, "repeats"), Plan("launches", "1x1", 1.0, lambda **_: 1 / 0, "launches"),
             Plan("memory", "1x1", 1.0, lambda **_: 1 / 0, "memory")]  # fmt: skip
-    result, _ = bench.gpu.run(todo, timer, _record(), tmp_path, Budget(1000.0, timer), ONCE, refused)
+    result, _ = fqt_bench.gpu.run(todo, timer, _record(), tmp_path, Budget(1000.0, timer), ONCE, refused)
     assert seen == [{"b": "did not end"}] and result["repeats"] == build(None, None)
     assert failures(result) == ["repeat 1x1: a: differs", "memory 1x1: error"]
     assert "not measured: ZeroDivisionError" in report(result)  # launches: a profiler may not be allowed to look
 
 
 def test_the_plans_are_the_cases_at_full_size_the_most_wanted_first():
-    planned = [(plan.suite, plan.shape) for plan in bench.gpu.plans(torch.device("cuda", 0), quick=False)]
+    planned = [(plan.suite, plan.shape) for plan in fqt_bench.gpu.plans(torch.device("cuda", 0), quick=False)]
     assert planned[:3] == [("gemm", "8192x8192x8192"), ("linear fwd+bwd", "8192x8192x8192"), ("quantize", "8192x8192")]
     layers = ("8192x28672x4096", "8192x4096x14336", "4096x4096x4096", "50432x4096x1024")
     assert set(planned) >= {("gemm", "4096x4096x4096"), ("gemm", "1024x1024x65536"), ("memory", "8192x4096x4096"),
                             ("repeats", "1024x1024x65536"), *(("linear fwd+bwd", shape) for shape in layers)}  # fmt: skip
     assert len(set(planned)) == len(planned)
-    assert sum(plan.needs_s for plan in bench.gpu.plans(torch.device("cuda", 0), False)) < bench.gpu.BUDGET_S < 480
-    for plan in bench.gpu.plans(torch.device("cuda", 0), quick=True):
+    assert (
+        sum(plan.needs_s for plan in fqt_bench.gpu.plans(torch.device("cuda", 0), False)) < fqt_bench.gpu.BUDGET_S < 480
+    )
+    for plan in fqt_bench.gpu.plans(torch.device("cuda", 0), quick=True):
         assert "8192x8192" not in plan.shape
 
 
@@ -155,10 +157,10 @@ def test_every_target_reads_a_case_that_is_planned():
     """A target whose suite, shape or tag has no case would be "not measured" for ever."""
     asked = []
 
-    plans = bench.gpu.plans(torch.device("cuda", 0), quick=False)
+    plans = fqt_bench.gpu.plans(torch.device("cuda", 0), quick=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            bench.report, "best", lambda result, suite, shape, tags, field="tops": asked.append((suite, shape))
+            fqt_bench.targets, "best", lambda result, suite, shape, tags, field="tops": asked.append((suite, shape))
         )
         for target in TARGETS:
             target.measure({"memory": [], "repeats": []})
@@ -168,7 +170,7 @@ def test_every_target_reads_a_case_that_is_planned():
 @pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "soon"])
 def test_a_budget_that_is_no_number_of_seconds_is_a_mistake(text):
     with pytest.raises(SystemExit) as exit_:
-        bench.gpu.main([f"--budget-s={text}"])
+        fqt_bench.gpu.main([f"--budget-s={text}"])
     assert exit_.value.code == 2
 
 
@@ -219,7 +221,7 @@ class _Cuda:
 
 def test_a_sample_sleeps_flushes_and_runs_between_the_events(monkeypatch):
     cuda = _Cuda()
-    monkeypatch.setattr(bench.cuda, "FLUSH_BYTES", 4096)
+    monkeypatch.setattr(fqt_bench.cuda, "FLUSH_BYTES", 4096)
     for name in ("Event", "_sleep", "get_device_properties", "synchronize"):
         monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
     timer = CudaTimer(torch.device("cpu"))
@@ -245,7 +247,7 @@ def test_launches_are_the_devices_kernels_and_copies_apart():
         span = SimpleNamespace(elapsed_us=lambda: us)
         return SimpleNamespace(name=name, device_type=device, time_range=span, is_user_annotation=annotation)
 
-    gpu, cpu = bench.cuda.DeviceType.CUDA, bench.cuda.DeviceType.CPU
+    gpu, cpu = fqt_bench.cuda.DeviceType.CUDA, fqt_bench.cuda.DeviceType.CPU
     events = [event("_tile_kernel", gpu, 5.0), event("_tile_kernel", gpu, 7.0), event("Memset (Device)", gpu, 1.0),
               event("aten::mm", cpu, 90.0), event("step", gpu, 99.0, annotation=True)]  # fmt: skip
     got = count_launches(events)
@@ -255,9 +257,9 @@ def test_launches_are_the_devices_kernels_and_copies_apart():
 
 def test_a_profiler_that_sees_nothing_is_no_count_of_zero(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(bench.cuda, "count_launches", lambda events: {"kernels": 0, "copies": 0, "by_name": {}})
+    monkeypatch.setattr(fqt_bench.cuda, "count_launches", lambda events: {"kernels": 0, "copies": 0, "by_name": {}})
     with pytest.raises(RuntimeError, match="reports no kernel"):
-        bench.cuda.launches(lambda: torch.ones(2).sum())
+        fqt_bench.cuda.launches(lambda: torch.ones(2).sum())
 
 
 def test_memory_is_what_is_kept_beside_the_output_and_the_peak(monkeypatch):
@@ -276,7 +278,7 @@ def test_memory_is_what_is_kept_beside_the_output_and_the_peak(monkeypatch):
         allocated[0] -= 64 + 40
         steps.append(y.shape)
 
-    assert bench.cuda.memory(forward, backward) == {"saved": 40, "peak": 900}
+    assert fqt_bench.cuda.memory(forward, backward) == {"saved": 40, "peak": 900}
     assert len(steps) == 3  # two before, for what stays
 
 
@@ -344,13 +346,13 @@ def test_the_run_ends_in_ceilings_that_the_cost_model_reads(tmp_path):
         _measured("quantize", "4096x4096", ("copy", {"gb_s": 9000.0})),  # from the L2
         _measured("linear fwd+bwd", "8192x8192x8192", ("bf16", {"tops": 5000.0})),
     ]  # fmt: skip
-    entry = bench.report.ceilings(_result(*cases), "bench/results/nvidia-h200/x.json")
+    entry = fqt_bench.targets.ceilings(_result(*cases), "bench/results/nvidia-h200/x.json")
     rates = {name: entry[name] for name in ("bf16_tflops", "int8_tops", "fp8_tflops", "tb_s")}
     assert rates == {"bf16_tflops": 798.123, "int8_tops": 1160.0, "fp8_tflops": None, "tb_s": 3.0}
     path = tmp_path / "ceilings.json"
     path.write_text(json.dumps([entry]))
     assert cost.measured(path) == {"NVIDIA H200": entry}
-    assert bench.report.ceilings(_result(*cases[:2]), "") is None  # no bandwidth
+    assert fqt_bench.targets.ceilings(_result(*cases[:2]), "") is None  # no bandwidth
 
 
 # ---- the trial run
@@ -399,7 +401,7 @@ def test_a_worker_says_what_it_begins_and_ends_and_dies_of_a_broken_context(caps
 
 
 def test_a_worker_is_this_package_and_runs_its_share(monkeypatch):
-    assert ahead.command(2, 8, quick=True)[1:] == ["-m", "bench.ahead", "2", "8", "--quick"]
+    assert ahead.command(2, 8, quick=True)[1:] == ["-m", "fqt_bench.ahead", "2", "8", "--quick"]
     ran = []
     named = [candidate(name, run=lambda i, name=name: ran.append(name)) for name in "abcde"]
     todo = [Plan("s", "x", 1.0, lambda sets: a_case(*named[:2])), Plan("s", "y", 1.0, lambda sets: 1 / 0),
@@ -407,7 +409,7 @@ def test_a_worker_is_this_package_and_runs_its_share(monkeypatch):
             Plan("s", "z", 1.0, lambda sets: a_case(*named[2:]))]  # fmt: skip
     for name in ("current_device", "synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda: 0)
-    monkeypatch.setattr(bench.gpu, "plans", lambda device, quick: todo)
+    monkeypatch.setattr(fqt_bench.gpu, "plans", lambda device, quick: todo)
     for part in range(3):
         assert ahead.main([str(part), "3"]) == 0
     assert sorted(ran) == list("abcde") and 1 <= ahead.parts() <= ahead.MAX_PARTS

@@ -4,10 +4,10 @@ import json
 import pathlib
 import re
 
-import fqt_kernels.quantize
 import pytest
 import torch
 
+import fqt_kernels.quantize
 from fqt import cli, doctor, reference, selftest
 
 

@@ -1,11 +1,11 @@
 """Laws of the scaled product of float8 (e4m3) codes: near the exact product, the same each time, refused with offsets."""
 
-import fqt_kernels.gemm as kernels
 import laws
 import pytest
 import torch
 from products import INTERPRETED, launch
 
+import fqt_kernels.gemm as kernels
 from fqt.qtensor import Operand
 
 if not INTERPRETED and (torch.version.hip or torch.cuda.get_device_capability() < (8, 9)):

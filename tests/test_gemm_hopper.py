@@ -8,15 +8,15 @@ import sys
 import types
 from dataclasses import dataclass, replace
 
-import fqt_kernels.gemm
-import fqt_kernels.gemm_hopper as kernels
 import laws
 import pytest
 import torch
-from fqt_kernels import _device
 
+import fqt_kernels.gemm
+import fqt_kernels.gemm_hopper as kernels
 from fqt import reference
 from fqt.qtensor import Operand
+from fqt_kernels import _device
 
 
 def plain(jitted, **names):

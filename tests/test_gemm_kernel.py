@@ -3,7 +3,6 @@
 import itertools
 import math
 
-import fqt_kernels.gemm as kernels
 import laws
 import pytest
 import torch
@@ -11,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from products import INTERPRETED, codes, gpu_family, launch, pair
 
+import fqt_kernels.gemm as kernels
 from fqt import reference
 from fqt.qtensor import Operand
 from fqt.recipe import Quantizer

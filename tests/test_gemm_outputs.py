@@ -2,12 +2,12 @@
 
 import math
 
-import fqt_kernels.gemm as kernels
 import laws
 import pytest
 import torch
 from products import INTERPRETED, launch, pair
 
+import fqt_kernels.gemm as kernels
 from fqt import reference
 
 AFFINE = ("per_row", True, "per_tensor", True)

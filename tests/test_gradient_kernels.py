@@ -1,11 +1,11 @@
 """Laws of the fused quantization of an output gradient: what two quantizations of it give, bit for bit, and its sums."""
 
-import fqt_kernels.gradient as kernels
-import fqt_kernels.statistics as statistics
 import laws
 import pytest
 import torch
 
+import fqt_kernels.gradient as kernels
+import fqt_kernels.statistics as statistics
 from fqt import reference
 from fqt.products import DGRAD, WGRAD
 from fqt.recipe import Quantizer, Recipe

@@ -3,14 +3,14 @@
 import itertools
 import math
 
-import fqt_kernels.quantize as kernels
-import fqt_kernels.statistics as statistics
 import laws
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import fqt_kernels.quantize as kernels
+import fqt_kernels.statistics as statistics
 from fqt import reference
 from fqt.recipe import GRANULARITIES, ROUNDINGS, ZEROS, Quantizer
 

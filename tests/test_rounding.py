@@ -3,11 +3,11 @@
 import math
 import re
 
-import fqt_kernels._device as device_code
 import laws
 import pytest
 import torch
 
+import fqt_kernels._device as device_code
 from fqt import reference
 
 ALL_BITS = torch.arange(65536, dtype=torch.int32)

@@ -3,12 +3,12 @@
 import itertools
 import random
 
-import fqt_kernels.gemm as kernels
 import laws
 import pytest
 import torch
 from products import INTERPRETED, codes, launch, pair
 
+import fqt_kernels.gemm as kernels
 from fqt import reference
 from fqt.qtensor import Operand
 

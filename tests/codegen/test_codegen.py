@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 
+from fqt_bench.codegen.table import ARCHES, Table, compile_table, config_name
+
 from . import laws
-from .table import ARCHES, Table, compile_table, config_name
 
 REGENERATE = "If the change is meant, write the table again with this Triton: python -m tests.codegen.update"
 

@@ -3,7 +3,7 @@
 python -m tests.codegen.update
 """
 
-from .table import ARCHES, FIGURES, compile_table
+from fqt_bench.codegen.table import ARCHES, FIGURES, compile_table
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""`python -m bench.gpu`: the kernels on this machine's GPU, in tables and one JSON file with every sample.
+"""`python -m fqt_bench.gpu`: the kernels on this machine's GPU, in tables and one JSON file with every sample.
 
 Exit status: 0 measured; 1 one of fqt's own candidates is wrong or raises; 2 no GPU, or a mistake in the call.
 """
@@ -18,13 +18,11 @@ import torch
 
 from . import ahead, cases, environment, layers, products
 from .harness import Budget, Effort, Timer, measure, repeat
-from .report import ceilings, failures, report
+from .targets import ceilings, failures, report
 
 BUDGET_S = 420.0
 AHEAD_SHARE = 0.4  # of the budget, at most, for the trial run
-NO_GPU = (
-    "bench.gpu: not measured: no GPU (torch.cuda.is_available() is false); nothing was timed and no file was written"
-)
+NO_GPU = "fqt bench: not measured: no GPU (torch.cuda.is_available() is false); nothing was timed, no file was written"
 METHOD = (
     "Candidates of a case interleaved in one process, each round in a random order of its own. Before each sample the "
     "L2 is flushed (a write of at least twice its size, then a read of another buffer) and the device is held back "
@@ -199,7 +197,7 @@ def run(
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description="Benchmark fqt's kernels on this GPU.")
+    parser = argparse.ArgumentParser(prog="python -m fqt_bench.gpu", description="Benchmark fqt's kernels on this GPU.")
     parser.add_argument("--quick", action="store_true", help="the 4096 shapes alone, fewer rounds")
     parser.add_argument("--no-trial", action="store_true", help="leave out the trial run, which compiles in parallel")
     out = environment.ROOT / "bench" / "results"

@@ -170,7 +170,7 @@ def memory(
     m: int, n: int, k: int, device: torch.device, usage: Callable[..., dict[str, int]], refused: Container[str] = ()
 ) -> list[dict[str, Any]]:
     """For nn.Linear and each recipe: "saved", the bytes that a forward keeps for its backward, and "peak" of both; the
-    codes of the weight, which outlive the step, are not counted. usage(forward, backward): see `bench.cuda.memory`."""
+    codes of the weight, which outlive the step, are not counted. usage(forward, backward): see `fqt_bench.cuda.memory`."""
     dy = gaussian(m, n, device=device, seed=1)
     options = {"bias": False, "device": device, "dtype": torch.bfloat16}
     built = {"bf16": lambda: torch.nn.Linear(k, n, **options)}

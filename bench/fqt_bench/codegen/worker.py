@@ -1,6 +1,6 @@
 """Compile the launches for an architecture without a GPU and print what the compiler made of them, in JSON lines.
 
-    python -m tests.codegen.worker ARCH
+    python -m fqt_bench.codegen.worker ARCH
 
 A process of its own, because `TRITON_INTERPRET=1` in the environment of the other tests turns kernels into Python.
 Triton itself specializes the arguments, as in a real launch: only its driver is replaced, by one that names the target.
@@ -16,12 +16,13 @@ import tempfile
 from collections.abc import Callable
 from unittest import mock
 
-import fqt_kernels
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
+
+import fqt_kernels
 
 from .launches import launches
 

@@ -1,6 +1,6 @@
 """Fair timing: candidates interleaved in one process, each checked before and after it is timed, raw samples kept.
 
-Nothing here touches a GPU: a `Timer` is passed in (`bench.cuda.CudaTimer` on a GPU, a fake one in the tests).
+Nothing here touches a GPU: a `Timer` is passed in (`fqt_bench.cuda.CudaTimer` on a GPU, a fake one in the tests).
 """
 
 from __future__ import annotations

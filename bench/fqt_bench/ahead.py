@@ -87,7 +87,7 @@ def parts() -> int:
 
 
 def command(part: int, parts: int, quick: bool) -> list[str]:
-    return [sys.executable, "-m", "bench.ahead", str(part), str(parts), *(["--quick"] if quick else [])]
+    return [sys.executable, "-m", "fqt_bench.ahead", str(part), str(parts), *(["--quick"] if quick else [])]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -105,7 +105,7 @@ def main(argv: Sequence[str]) -> int:
         try:
             case = plan.build(sets=1)
         except Exception as error:  # out of memory: several workers share it
-            print(f"bench.ahead: {plan.suite} {plan.shape}: {error}", file=sys.stderr)
+            print(f"fqt_bench.ahead: {plan.suite} {plan.shape}: {error}", file=sys.stderr)
             continue
         for candidate in case.candidates:
             number += 1
@@ -124,7 +124,7 @@ def run_once(run: Callable[[], object], key: Key, synchronize: Callable[[], None
     try:
         run()
     except Exception as error:
-        print(f"bench.ahead: {key}: {error}", file=sys.stderr)
+        print(f"fqt_bench.ahead: {key}: {error}", file=sys.stderr)
     synchronize()  # raises where the context is broken
     print(json.dumps({"end": key}), flush=True)
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-FIGURES = Path(__file__).resolve().parent / "figures"
+ROOT = Path(__file__).resolve().parents[3]
+FIGURES = ROOT / "tests" / "codegen" / "figures"
 # The GPUs that are compiled for, and the name of their table of configurations. A process each, the longest first.
 ARCHES = {"sm_90": "sm90", "sm_120": "sm80", "sm_100": "sm100", "sm_80": "sm80", "gfx942": "amd", "sm_89": "sm80"}
 if f"triton=={metadata.version('triton')}" not in (ROOT / "constraints.txt").read_text().split():
@@ -73,8 +73,11 @@ def compile_table() -> Table:
 def _compile(arch: str) -> str:
     # Triton's settings change what it emits; TRITON_INTERPRET would keep it from compiling at all.
     env = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    env["PYTHONPATH"] = os.pathsep.join([p for p in [env.get("PYTHONPATH")] if p] + [str(ROOT), str(ROOT / "kernels")])
-    command = [sys.executable, "-m", "tests.codegen.worker", arch]
+    roots = [str(ROOT / folder) for folder in (".", "kernels", "bench")]
+    env["PYTHONPATH"] = os.pathsep.join([p for p in [env.get("PYTHONPATH")] if p] + roots)
+        [p for p in [env.get("PYTHONPATH")] if p] + [str(ROOT / folder) for folder in (".", "kernels", "bench")]
+    )
+    command = [sys.executable, "-m", "fqt_bench.codegen.worker", arch]
     with tempfile.TemporaryDirectory() as cache:
         env["TRITON_CACHE_DIR"] = cache
         done = subprocess.run(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)

@@ -8,10 +8,10 @@ import functools
 from collections.abc import Callable, Iterator
 
 import torch
-from fqt_kernels import gemm, gemm_hopper, gradient, quantize
-from fqt_kernels.statistics import ZERO
 
 from fqt import dispatch
+from fqt_kernels import gemm, gemm_hopper, gradient, quantize
+from fqt_kernels.statistics import ZERO
 
 from .table import ARCHES, config_name
 
