@@ -75,8 +75,6 @@ def _compile(arch: str) -> str:
     env = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
     roots = [str(ROOT / folder) for folder in (".", "kernels", "bench")]
     env["PYTHONPATH"] = os.pathsep.join([p for p in [env.get("PYTHONPATH")] if p] + roots)
-        [p for p in [env.get("PYTHONPATH")] if p] + [str(ROOT / folder) for folder in (".", "kernels", "bench")]
-    )
     command = [sys.executable, "-m", "fqt_bench.codegen.worker", arch]
     with tempfile.TemporaryDirectory() as cache:
         env["TRITON_CACHE_DIR"] = cache
