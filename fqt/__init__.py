@@ -17,6 +17,8 @@ _ATTRIBUTES = {
     "backend": "dispatch",
 }  # fmt: skip
 _MODULES = (
+    "candidates",
+    "collect",
     "convert",
     "cost",
     "demo",
@@ -31,6 +33,11 @@ _MODULES = (
     "reference",
     "rng",
     "selftest",
+    "store",
+    "suites",
+    "tuned",
+    "tuner",
+    "tuning",
 )
 
 __all__ = ["__version__", *_ATTRIBUTES, *_MODULES]

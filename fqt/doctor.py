@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import warnings
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import __version__, dispatch
+from . import __version__, dispatch, store, tuning
 from .cli import table
 from .selftest import Check, formats_with_kernels, kernel_checks, layer_checks, reference_checks
 
@@ -36,6 +35,7 @@ def run() -> dict[str, Any]:
         "devices": _devices(),
         "c_compiler": c_compiler(),
         "triton_cache": _triton_cache(),
+        "tuning": _tuned(),
         "kernels": {"run": how, "device": str(device), "reason": reason},
         "checks": results,
         "dispatch": _choices(),
@@ -52,6 +52,9 @@ def summary(report: dict[str, Any]) -> str:
         ("C compiler", report["c_compiler"] or "none found: Triton needs one (gcc, clang, or CC) to launch kernels")
     )
     facts.append(("Triton cache", report["triton_cache"] or none))
+    found = report["tuning"]
+    met = "".join(f", {what} {n}" for what, n in sorted(found["counts"].items()))
+    facts.append(("tuned tables", f"{found['entries']} entries for this device; store {found['store']}{met}"))
     facts.append(("kernels", report["kernels"]["reason"]))
     rows, failures = [], []
     for kernel in dict.fromkeys(result["kernel"] for result in report["checks"]):
@@ -62,11 +65,12 @@ def summary(report: dict[str, Any]) -> str:
         rows.append((kernel, str(len(results)), verdict, _largest([r["error"] for r in results]),
                      "" if equal else _largest([r["of_bound"] for r in results])))  # fmt: skip
         failures += [f"FAILED {kernel}: {result['case']}: {result['message']}" for result in failed]
-    choices = [(choice["op"], choice["shape"], choice["backend"], choice["reason"]) for choice in report["dispatch"]]
+    columns = "op", "shape", "backend", "source", "reason"
+    choices = [tuple(choice[column] for column in columns) for choice in report["dispatch"]]
     sections = [
         "\n".join(f"{name:<14}{value}" for name, value in facts),
         table(("check", "cases", "verdict", "largest error", "of its bound"), rows, right=(1,)),
-        table(("operator", "shape", "backend", "because"), choices),
+        table(("operator", "shape", "backend", "source", "because"), choices),
     ]
     sections += ["\n".join(failures)] if failures else []
     return "\n\n".join([*sections, "all checks passed" if report["ok"] else f"{len(failures)} checks failed"])
@@ -97,7 +101,7 @@ def _devices() -> list[dict[str, str]]:
     capability = torch.backends.cpu.get_cpu_capability()
     cpu = f"{platform.machine()}, {capability}, {os.cpu_count()} processors, {torch.get_num_threads()} threads"
     devices = [{"device": "cpu", "description": cpu}]
-    driver = _driver() if torch.cuda.is_available() else None
+    driver = store.driver() if torch.cuda.is_available() else ""
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties = torch.cuda.get_device_properties(index)
         arch, processors = dispatch.device_info(f"cuda:{index}")
@@ -105,20 +109,6 @@ def _devices() -> list[dict[str, str]]:
         text = f"{properties.name}, {arch}, {processors} processors, {memory}, driver {driver or 'unknown'}"
         devices.append({"device": f"cuda:{index}", "description": text})
     return devices
-
-
-def _driver() -> str | None:
-    """The GPU driver's version: nvidia-smi's word, or the kernel module's for AMD; None where neither says it."""
-    try:
-        if torch.version.hip:
-            with open("/sys/module/amdgpu/version") as f:
-                return f.read().strip()
-        call = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return (
-            subprocess.run(call, capture_output=True, text=True, timeout=30, check=True).stdout.split("\n")[0].strip()
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def c_compiler() -> str | None:
@@ -154,20 +144,34 @@ def _kernels_run() -> tuple[str, torch.device, str]:
     return "hardware", gpu, f"run on {torch.cuda.get_device_name(gpu)}"
 
 
+def _device() -> torch.device:
+    """What a user would train on."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _tuned() -> dict[str, Any]:
+    """The tuned entries of the device, the file or the folder of the store, and what reading it met."""
+    device = _device()
+    place = store.path(store.Machine.of(device)) if device.type == "cuda" else store.directory()
+    return {"entries": len(tuning.table(device)), "store": str(place), "counts": tuning.counts()}
+
+
 def _choices() -> list[dict[str, str]]:
-    """What dispatch chooses on the device a user would train on, for a small, a large and a long problem."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    problems = [("quantize", 4096, 4096, 0)]
-    problems += [("scaled_mm", *shape) for shape in ((128, 128, 128), (4096, 4096, 4096), (576, 64, 200_704))]
+    """What operators launch on the device, for a small, a large and a long problem."""
+    device = _device()
+    bf16 = dict(dtype=torch.bfloat16)
+    problems = [("quantize", (4096, 4096), bf16 | {"kind": "per_row nearest both"})]
+    problems += [("quantize_gradient", (4096, 4096), bf16 | {"kind": "per_row per_column"})]
+    problems += [("scaled_mm", shape, {}) for shape in ((128, 128, 128), (4096, 4096, 4096), (576, 64, 200_704))]
     choices = []
-    for op, m, n, k in problems:
-        choice = dispatch.select(dispatch.problem(op, device, m, n, k))
-        shape = f"{m}x{n}" + (f"x{k}" if k else "")
-        choices.append({"op": op, "shape": shape, "backend": str(choice).partition(":")[0], "reason": choice.reason})
-    return [
-        *choices,
-        {"op": "householder", "shape": "any", "backend": "torch", "reason": "no kernel for BHQ's transform"},
-    ]
+    for op, shape, more in problems:
+        choice = dispatch.select(dispatch.problem(op, device, *shape, **more), tuning.table(device))
+        backend = str(choice).partition(":")[0]
+        choices.append({"op": op, "shape": "x".join(map(str, shape)), "backend": backend, "source": choice.source,
+                        "reason": choice.reason})  # fmt: skip
+    householder = {"op": "householder", "shape": "any", "backend": "torch", "source": "",
+                   "reason": "no kernel for BHQ's transform"}  # fmt: skip
+    return [*choices, householder]
 
 
 # ---- running and judging a check

@@ -8,16 +8,12 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .dispatch import Choice, device_info, problem, select
+from .dispatch import choose, device_info
 from .householder import Householder
 from .qtensor import Operand, QTensor
 from .recipe import Quantizer, Recipe
 
 DGRAD, WGRAD = 0, 1  # streams: the two quantizations of one dY draw bits of their own
-
-
-def _choose(op: str, t: Tensor, m: int, n: int, k: int = 0, dtype: torch.dtype | None = None, **more) -> Choice:
-    return select(problem(op, t.device, m, n, k, dtype or t.dtype, **more))
 
 
 def _device_guard(t: Tensor):
@@ -40,7 +36,12 @@ def quantized(
 ) -> QTensor:
     """`fqt.reference.quantize`, by the kernels where dispatch chooses them."""
     random = rng if quantizer.rounding == "stochastic" else None
-    if x.numel() == 0 or _choose("quantize", x, *x.shape, format=quantizer.format).backend == "reference":
+    choice = None
+    if x.numel():
+        layout = "both" if rows and cols else "cols" if cols else "rows"
+        kind = _kind(x, quantizer.granularity, quantizer.rounding, layout, "stats" * (row_absmax is not None))
+        choice = choose("quantize", x.device, *x.shape, dtype=x.dtype, format=quantizer.format, kind=kind)
+    if choice is None or choice.backend == "reference":
         return reference.quantize(x, quantizer, multiplier=multiplier, rng=random, stream=stream, rank=rank,
                                   rows=rows, cols=cols, sums=sums, row_absmax=row_absmax)  # fmt: skip
     from fqt_kernels.quantize import quantize as launch
@@ -49,8 +50,14 @@ def quantized(
         return QTensor(
             *launch(x, bits=quantizer.bits, granularity=quantizer.granularity, zero=_zero(quantizer), rng=random,
                     multiplier=multiplier, stream=stream + 256 * rank, rows=rows, cols=cols, sums=sums,
-                    stats=None if row_absmax is None else row_absmax[None, None])
+                    stats=None if row_absmax is None else row_absmax[None, None],
+                    kernel=choice.kernel or None, tile=choice.config or None)
         )  # fmt: skip
+
+
+def _kind(x: Tensor, *words: str) -> str:
+    """`dispatch.Problem.kind` of a quantization of x."""
+    return " ".join(filter(None, (*words, "" if x.is_contiguous() else "strided")))
 
 
 def _zero(quantizer: Quantizer) -> str:
@@ -68,7 +75,9 @@ def quantized_gradient(
     g, h = recipe.dgrad, recipe.wgrad
     if g is None or h is None or g.householder or {g.rounding, h.rounding} != {"stochastic"} or dy.numel() == 0:
         return None
-    if _choose("quantize", dy, *dy.shape, format=recipe.format).backend == "reference":
+    kind = _kind(dy, g.granularity, h.granularity)
+    choice = choose("quantize_gradient", dy.device, *dy.shape, dtype=dy.dtype, format=recipe.format, kind=kind)
+    if choice.backend == "reference":
         return None
     from fqt_kernels.gradient import Side, quantize_gradient
 
@@ -78,6 +87,7 @@ def quantized_gradient(
             row_mul=x.scale.flatten() if _folded(recipe.x) else None,
             col_mul=w.scale.flatten() if _folded(recipe.w) else None,
             rng=rng, streams=(DGRAD + 256 * rank, WGRAD + 256 * rank), sums=recipe.affine, bias=bias,
+            tile=choice.config or None,
         )  # fmt: skip
     return (
         QTensor(rows.codes, None, rows.scale, rows.offset, row_sum=rows.sums),
@@ -101,9 +111,10 @@ def product(
     out_dtype. row_absmax (M,) int32 is widened to cover the rows of the result (`fqt.reference.widen_row_absmax`).
     """
     m, n, k = a.q.shape[0], b.q.shape[0], a.q.shape[1]
-    plain = out is None and row_absmax is None
-    choice = _choose("scaled_mm", a.q, m, n, k, a.scale.dtype, format=_format(a.q), plain=plain)
-    if m == 0 or n == 0 or choice.backend == "reference":
+    plain, choice = out is None and row_absmax is None, None
+    if m and n:
+        choice = choose("scaled_mm", a.q.device, m, n, k, a.scale.dtype, format=_format(a.q), plain=plain)
+    if choice is None or choice.backend == "reference":
         c = reference.scaled_mm(a, b, bias, out_dtype if out is None else a.scale.dtype)
         c = c if out is None else out.copy_(out.to(c.dtype) + c)
         if row_absmax is not None:
@@ -118,10 +129,14 @@ def product(
 
             _, processors = device_info(str(a.q.device))
             return launch(*operands, **terms, out_dtype=out_dtype, config=choice.config, processors=processors)
+        terms |= dict(out_dtype=out_dtype if out is None else None, out=out, row_absmax=row_absmax)
+        if choice.kernel == "cublas":
+            from fqt_kernels.gemm_cublas import scaled_mm as launch
+
+            return launch(*operands, **terms)
         from fqt_kernels.gemm import scaled_mm as launch
 
-        return launch(*operands, **terms, out_dtype=out_dtype if out is None else None, out=out, row_absmax=row_absmax,
-                      config=choice.config, split_k=choice.split_k)  # fmt: skip
+        return launch(*operands, **terms, config=choice.config, split_k=choice.split_k)
 
 
 def _format(q: Tensor) -> str:

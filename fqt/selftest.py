@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, reference
+from .candidates import MORE_LONG_ROWS, MORE_TILES, candidates
 from .qtensor import Operand
 from .recipe import GRANULARITIES, ROUNDINGS, ZEROS, Quantizer, Recipe
 
@@ -122,10 +123,21 @@ def _quantize_checks(device: torch.device) -> Iterator[Check]:
         )
         case = (device, quantizer, kernel, layout, shape, dense, ptx)
         yield Check(f"_{kernel}_kernel", name, lambda case=case: _quantize_case(*case))
+    for kernel, tile in [("tile", t) for t in MORE_TILES] + [("long_rows", t) for t in MORE_LONG_ROWS]:
+        case = (device, Quantizer(8, "per_row", "symmetric"), kernel, "transposed", EVEN, True, True, tile)
+        name = f"per_row, symmetric, nearest, 8 bits, transposed, {EVEN}, tile {tile}"
+        yield Check(f"_{kernel}_kernel", name, lambda case=case: _quantize_case(*case))
 
 
 def _quantize_case(
-    device: torch.device, quantizer: Quantizer, which: str, layout: str, shape: tuple[int, int], dense: bool, ptx: bool
+    device: torch.device,
+    quantizer: Quantizer,
+    which: str,
+    layout: str,
+    shape: tuple[int, int],
+    dense: bool,
+    ptx: bool,
+    tile: tuple[int, int, int] | None = None,
 ) -> dict[str, tuple[Tensor, Tensor, float]]:
     """One launch against the reference; the stochastic ones fold a scale into the matrix."""
     from fqt_kernels import quantize as kernel
@@ -145,7 +157,7 @@ def _quantize_case(
     on_device = x.to(device) if dense else x.t().contiguous().to(device).t()
     got = kernel.quantize(
         on_device, bits=quantizer.bits, granularity=granularity,
-        zero="e4m3" if quantizer.format == "e4m3" else quantizer.zero, kernel=which, ptx=ptx,
+        zero="e4m3" if quantizer.format == "e4m3" else quantizer.zero, kernel=which, ptx=ptx, tile=tile,
         multiplier=None if multiplier is None else multiplier.to(device), rng=None if rng is None else rng.to(device),
         stream=5 + 256 * 3, rows=rows, cols=not rows, sums=sums,
     )  # fmt: skip
@@ -172,10 +184,13 @@ def _gradient_checks(device: torch.device) -> Iterator[Check]:
             yield Check(
                 "_gradient_tile_kernel", f"{name}, {shape}", lambda case=case: _gradient_case(*case, ranges=False)
             )
+    for tile in MORE_TILES:
+        case = device, "int8", EVEN, False, tile
+        yield Check("_gradient_tile_kernel", f"int8, {EVEN}, tile {tile}", lambda case=case: _gradient_case(*case))
 
 
 def _gradient_case(
-    device: torch.device, name: str, shape: tuple[int, int], ranges: bool
+    device: torch.device, name: str, shape: tuple[int, int], ranges: bool, tile: tuple[int, int, int] | None = None
 ) -> dict[str, tuple[Tensor, Tensor, float | Tensor]]:
     """Both quantizations of a gradient against the reference's two: the scales and the column sums, or the codes."""
     from fqt_kernels.gradient import Side, quantize_gradient
@@ -193,7 +208,7 @@ def _gradient_case(
     move = lambda t: None if t is None else t.to(device)  # noqa: E731
     g, h, total = quantize_gradient(
         dy.to(device), *sides, row_mul=move(row_mul), col_mul=move(col_mul), rng=rng.to(device), streams=(0, 1),
-        sums=recipe.affine, bias=True,
+        sums=recipe.affine, bias=True, tile=tile,
     )  # fmt: skip
     want_g = reference.quantize(
         dy, recipe.dgrad, multiplier=None if col_mul is None else col_mul[None], rng=rng, stream=0, sums=recipe.affine
@@ -218,11 +233,9 @@ def _gradient_case(
 def _scaled_mm_checks(device: torch.device, interpreter: bool) -> Iterator[Check]:
     def configs(k: int, **more) -> list[tuple[int, ...]]:
         with dispatch.backend("triton" if interpreter else "auto"):
-            sizes = [2**i for i in range(6, 16)]
-            chosen = [
-                dispatch.select(dispatch.problem("scaled_mm", device, size, size, k, **more)).config for size in sizes
-            ]
-        return list(dict.fromkeys(config for config in chosen if config is not None))
+            posed = [dispatch.problem("scaled_mm", device, 2**i, 2**i, k, **more) for i in range(6, 16)]
+        found = [candidate for problem in posed for candidate in candidates(problem)]
+        return list(dict.fromkeys(candidate.config for candidate in found if candidate.kernel == "portable"))
 
     # K in whole blocks, in 16 but not in blocks, in neither (padded), beyond what int32 can sum.
     even, ragged, odd, long = (64, 48, 128), (64, 48, 80), (67, 45, 37), (5, 3, reference.MAX_INT32_TERMS + 20)
@@ -239,8 +252,19 @@ def _scaled_mm_checks(device: torch.device, interpreter: bool) -> Iterator[Check
     if "e4m3" in formats:
         cases += [("e4m3", (67, 45, 1000), config) for config in configs(64, format="e4m3")]
     for kind, shape, config in cases:
-        name = f"{kind}, {'x'.join(map(str, shape))}, {config}"
+        name = f"{kind}, {_by(shape)}, {config}"
         yield Check("_scaled_mm_kernel", name, lambda a=(device, kind, shape, config): _scaled_mm_case(*a))
+    if "int" in formats:
+        # On a GPU the library wants at least 17 rows and multiples of 8 columns; K is padded.
+        kinds = {
+            "symmetric": even,
+            "affine": (67, 40, 37),
+            "affine, no scale of B": even,
+            "affine, bias": (131, 264, 16),
+        }
+        for kind, shape in kinds.items():
+            case = device, kind, shape, None, "gemm_cublas"
+            yield Check("_epilogue_kernel", f"{kind}, {_by(shape)}", lambda case=case: _scaled_mm_case(*case))
     if device.type != "cuda":
         return
     from fqt_kernels import gemm_hopper
@@ -250,13 +274,13 @@ def _scaled_mm_checks(device: torch.device, interpreter: bool) -> Iterator[Check
         kinds = {"affine, bias, bfloat16": ragged, "affine, bias, odd shape": odd, "symmetric, bfloat16": many}
         cases = [(kind, shape, config) for config in gemm_hopper.CONFIGS for kind, shape in kinds.items()]
         for kind, shape, config in cases:
-            name = f"{kind}, {'x'.join(map(str, shape))}, {config}"
+            name = f"{kind}, {_by(shape)}, {config}"
             case = device, kind, shape, config, "gemm_hopper"
             yield Check("_hopper_scaled_mm_kernel", name, lambda case=case: _scaled_mm_case(*case))
 
 
 def _scaled_mm_case(
-    device: torch.device, kind: str, shape: tuple[int, int, int], config: tuple[int, ...], module: str = "gemm"
+    device: torch.device, kind: str, shape: tuple[int, int, int], config: tuple[int, ...] | None, module: str = "gemm"
 ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     kernel = importlib.import_module(f"fqt_kernels.{module}")
     a, b, bias = _operands(*shape, kind)
@@ -268,7 +292,7 @@ def _scaled_mm_case(
 
     got = kernel.scaled_mm(
         move(a.q), move(b.q), move(a.scale), move(b.scale), a_offset=move(a.offset), b_offset=move(b.offset),
-        a_sum=move(a.sum), b_sum=move(b.sum), bias=move(bias), out_dtype=dtype, config=config,
+        a_sum=move(a.sum), b_sum=move(b.sum), bias=move(bias), out_dtype=dtype, **({"config": config} if config else {}),
         **({"split_k": 3} if "split_k" in kind else {}),
         **({"processors": dispatch.device_info(str(device))[1]} if module == "gemm_hopper" else {}),
     )  # fmt: skip
@@ -276,6 +300,10 @@ def _scaled_mm_case(
     if dtype == torch.bfloat16:
         bound = bound + 2.0**-7 * want.double().abs()
     return {"product": (got, want, bound)}
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
 
 
 def _operands(m: int, n: int, k: int, kind: str) -> tuple[Operand, Operand, Tensor | None]:

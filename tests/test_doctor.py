@@ -1,5 +1,6 @@
 """`fqt doctor`: its verdicts, and that a broken kernel cannot pass."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 import fqt_kernels.quantize
-from fqt import cli, doctor, reference, selftest
+from fqt import candidates, cli, dispatch, doctor, reference, selftest, tuned
 
 
 @pytest.fixture
@@ -34,8 +35,37 @@ def test_json_holds_every_case(no_kernels, capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["ok"] and report["kernels"]["run"] == "not run"
     assert report["versions"]["torch"] == torch.__version__ and report["devices"][0]["device"] == "cpu"
-    assert {choice["op"] for choice in report["dispatch"]} >= {"quantize", "scaled_mm"}
+    assert {choice["op"] for choice in report["dispatch"]} >= {"quantize", "quantize_gradient", "scaled_mm"}
+    assert all(choice["source"] == "" for choice in report["dispatch"])  # there is nothing to choose on a CPU
+    assert report["tuning"]["entries"] == 0 and isinstance(report["tuning"]["counts"], dict)
     assert all(check["ok"] and check["error"] is not None for check in report["checks"])
+
+
+def test_the_report_says_what_is_tuned_and_where_it_is_kept(no_kernels, monkeypatch, capsys, tmp_path):
+    """The store's path and counts, the number of entries, and of each choice where it comes from."""
+    gpu = dict(device="cuda", arch="sm90", processors=132, triton="3.7.1")
+    found = []
+    for op, *sizes in (("scaled_mm", 4096, 4096, 4096), ("quantize", 4096, 4096, 0)):
+        p = dispatch.Problem(op, *sizes, dtype="bfloat16", kind="" if sizes[2] else "per_row nearest both", **gpu)
+        best = candidates.candidates(p)[1]
+        found.append(tuned.Entry(tuned.key(p), (tuned.Timing(*best, 141_000),), 0, tuple(sizes)))
+    monkeypatch.setenv("FQT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(doctor.tuning, "table", lambda device: tuned.Table(found))
+    monkeypatch.setattr(doctor.tuning, "counts", lambda: {"hit": 1, "stale: quantize": 2})
+    problem = dispatch.problem
+    on_gpu = lambda *args, **more: dataclasses.replace(problem(*args, **more), **gpu)  # noqa: E731
+    monkeypatch.setattr(doctor.dispatch, "problem", on_gpu)
+    monkeypatch.setattr(doctor, "reference_checks", list)
+    monkeypatch.setattr(doctor, "layer_checks", lambda *_: [])
+    report = doctor.run()
+    sources = {choice["op"] + choice["shape"]: choice["source"] for choice in report["dispatch"]}
+    assert sources == {
+        "quantize4096x4096": "tuned", "quantize_gradient4096x4096": "heuristic", "scaled_mm128x128x128": "heuristic",
+        "scaled_mm4096x4096x4096": "tuned", "scaled_mm576x64x200704": "heuristic", "householderany": "",
+    }  # fmt: skip
+    text = doctor.summary(report)
+    assert f"2 entries for this device; store {tmp_path}, hit 1, stale: quantize 2" in text
+    assert re.search(r"4096x4096x4096 .*  tuned  +tuned at 4096x4096x4096: 0.141 ms", text)
 
 
 def test_every_kernel_has_a_check(device):

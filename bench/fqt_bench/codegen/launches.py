@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from fqt import dispatch
-from fqt_kernels import gemm, gemm_hopper, gradient, quantize
+from fqt import candidates
+from fqt_kernels import gemm, gemm_cublas, gemm_hopper, gradient, quantize
 from fqt_kernels.statistics import ZERO
 
 from .table import ARCHES, config_name
@@ -25,7 +25,7 @@ _sums = functools.partial(_empty, dtype=torch.int32)
 def launches(arch: str) -> Iterator[tuple[str, Launch]]:
     """(name, launch) of all that is compiled for an architecture."""
     family = ARCHES[arch]
-    table, fp8 = gemm.CONFIGS[family], gemm.FP8_CONFIGS.get(dispatch._FP8_FAMILY.get(arch.replace("_", "")), [])
+    table, fp8 = gemm.CONFIGS[family], gemm.FP8_CONFIGS.get(candidates.FP8_FAMILY.get(arch.replace("_", "")), [])
     for config in fp8:
         yield from _fp8_products(config)
         yield from _more_outputs(config, torch.float8_e4m3fn, every=config == fp8[-1])
@@ -39,9 +39,12 @@ def launches(arch: str) -> Iterator[tuple[str, Launch]]:
     if family == "sm90":
         for config in gemm_hopper.CONFIGS:
             yield from _hopper_products(config)
+    yield from _epilogues()
     yield from _row_quantizations()
     yield from _tile_quantizations()
     yield from _gradient_quantizations()
+    if arch in ("sm_80", "sm_90"):
+        yield from _more_tiles()
 
 
 def _products(config: tuple[int, ...], k: int, kind: str) -> Iterator[tuple[str, Launch]]:
@@ -112,6 +115,31 @@ def _hopper_products(config: tuple[int, ...]) -> Iterator[tuple[str, Launch]]:
         yield f"{title} folded {extents}", functools.partial(product, *args, None, out_dtype=torch.float32)
     one = _codes(1, 1), _codes(1, 1), _empty(1), _empty(1)
     yield f"{title} one odd", functools.partial(product, *one, bias=_empty(1))
+
+
+def _epilogues() -> Iterator[tuple[str, Launch]]:
+    """The pass over the sums of `torch._int_mm`, whose N is a multiple of 8, and of 16 or not ("units"); "odd": where C
+    has rows of another stride."""
+    m, n = 8191, 4088
+    product = functools.partial(gemm_cublas.scaled_mm, out_dtype=torch.bfloat16)
+    yield (
+        "epilogue scales even",
+        functools.partial(
+            product, _codes(8192, 4096), _codes(4096, 4096), _empty(8192), _empty(4096), bias=_empty(4096)
+        ),
+    )
+    args = _codes(m, 4112), _codes(n, 4112), _empty(m)
+    offsets = dict(a_offset=_empty(m), b_offset=_empty(1), a_sum=_sums(m), b_sum=_sums(n), bias=_empty(n))
+    more = dict(out_dtype=None, row_absmax=_sums(m))
+    added = _empty(m, n, dtype=torch.bfloat16)
+    yield "epilogue affine units", functools.partial(product, *args, _empty(1), **offsets)
+    yield "epilogue folded added units", functools.partial(product, *args, None, out_dtype=None, out=_empty(m, n))
+    yield (
+        "epilogue affine added absmax units",
+        functools.partial(product, *args, _empty(n), out=added, **more, **offsets),
+    )
+    added = _empty(m, n + 1, dtype=torch.bfloat16)[:, :n]
+    yield "epilogue affine added absmax odd", functools.partial(product, *args, _empty(n), out=added, **more, **offsets)
 
 
 def _quantization(m: int, n: int, granularity: str, zero: str, *, stochastic: bool = False, rows: bool = True,
@@ -211,3 +239,14 @@ def _gradient_quantizations() -> Iterator[tuple[str, Launch]]:
                 bias=True,
             ),
         )
+
+
+def _more_tiles() -> Iterator[tuple[str, Launch]]:
+    """The launches that need the most registers, of the tiles that only tuning chooses."""
+    quantizations = dict([*_row_quantizations(), *_tile_quantizations(), *_gradient_quantizations()])
+    names = "per_row both stats e4m3 nearest", "gradient int8 stochastic", "gradient fp8 stochastic"
+    jobs = [(tile, name) for tile in candidates.MORE_TILES for name in names]
+    names = "n28672 cols e4m3 nearest", "n28672 min stochastic"
+    jobs += [(tile, name) for tile in candidates.MORE_LONG_ROWS for name in names]
+    for tile, name in jobs:
+        yield f"{name} {'x'.join(map(str, tile[:2]))} w{tile[2]}", functools.partial(quantizations[name], tile=tile)
