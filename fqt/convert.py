@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from . import cost, rng
-from .dispatch import Choice, problem, select
+from . import cost, rng, tuning
+from .dispatch import Choice, device_info, problem, select, triton_version
 from .nn import Linear
 from .recipe import Recipe
 
@@ -26,7 +27,8 @@ class LayerReport:
 
     status: "converted", "switched" (had another recipe), "unchanged" (had this recipe), "skipped". speedup is the
     predicted ratio over bf16 of forward and backward (`fqt.cost`), None where there is no prediction; speedup_source is
-    where the prediction's ceilings come from, "measured" or "datasheet", or why there is none.
+    where the prediction's ceilings come from, "measured" or "datasheet", "tuned" where the operators themselves were timed,
+    or why there is none.
     """
 
     name: str
@@ -200,12 +202,12 @@ def explanation(layer: nn.Module, x: Tensor) -> str:
     lines = [f"{layer.label}, recipe {recipe.name}, M={m} N={n} K={k}, {x.dtype} on {x.device}"]
     if recipe.is_exact:
         return "\n".join([*lines, "  every product: torch, full precision"])
-    gpu = {"device": x.device, "dtype": x.dtype, "format": recipe.format}
-    for what, rows, cols in (("X", m, k), ("W", n, k), ("dY", m, n)):
-        lines.append(f"  quantize {what} ({rows}, {cols}): {select(problem('quantize', m=rows, n=cols, **gpu))}")
+    for what, op, rows, cols, kind in _quantizations(recipe, m, n, k):
+        choice = _choice(op, x.device, rows, cols, dtype=x.dtype, format=recipe.format, kind=kind)
+        lines.append(f"  quantize {what} ({rows}, {cols}): {choice}")
     for what, quantizer, shape in (("fprop", recipe.x, (m, n, k)), ("dgrad", recipe.dgrad, (m, k, n)),
                                    ("wgrad", recipe.wgrad, (n, k, m))):  # fmt: skip
-        choice = select(problem("scaled_mm", **gpu, **dict(zip("mnk", shape, strict=True))))
+        choice = _choice("scaled_mm", x.device, *shape, dtype=x.dtype, format=recipe.format)
         transform = ", block Householder in torch" if quantizer is not None and quantizer.householder else ""
         lines.append(f"  {what} {shape}: {choice if quantizer else 'torch, full precision'}{transform}")
     return "\n".join([*lines, *_expectation(layer, x, m)])
@@ -214,12 +216,13 @@ def explanation(layer: nn.Module, x: Tensor) -> str:
 def _expectation(layer: Linear, x: Tensor, m: int) -> list[str]:
     """The terms of the cost model, a line each."""
     sizes = m, layer.out_features, layer.in_features
-    choice = select(problem("scaled_mm", x.device, *sizes, dtype=x.dtype, format=layer.recipe.format))
+    choice = _choice("scaled_mm", x.device, *sizes, dtype=x.dtype, format=layer.recipe.format)
     try:
         expected = _predict(m, layer, layer.recipe, x.device, choice)
     except cost.NotModelled as e:
         return [f"  expected: not predicted: {e}"]
-    lines = [f"  expected, forward and backward, on {cost.ceilings(x.device)}"]
+    source = "as tuned on this GPU" if expected.source == "tuned" else f"on {cost.ceilings(x.device)}"
+    lines = [f"  expected, forward and backward, {source}"]
     for p in expected.products:
         lines.append(f"    {p.name:<11} bf16 {p.bf16_ms:8.4f} ms   {expected.codes} {p.ms:8.4f} ms")
     for p in expected.passes:
@@ -229,11 +232,36 @@ def _expectation(layer: Linear, x: Tensor, m: int) -> list[str]:
     return [*lines, f"    {'in all':<11} {total}"]
 
 
+def _choice(op: str, device: torch.device, *sizes: int, **more) -> Choice:
+    """What dispatch would choose now: nothing is tuned for it."""
+    return select(problem(op, device, *sizes, **more), tuning.table(device))
+
+
+def _quantizations(recipe: Recipe, m: int, n: int, k: int) -> Iterator[tuple[str, str, int, int, str]]:
+    """(what, operator, rows, columns, kind) of the quantizations of X, W and dY, as `products` asks for them."""
+    for what, rows, cols, q in (("X", m, k, recipe.x), ("W", n, k, recipe.w)):
+        yield what, "quantize", rows, cols, f"{q.granularity} {q.rounding} both"
+    g, h = recipe.dgrad, recipe.wgrad
+    if g and h and not g.householder and {g.rounding, h.rounding} == {"stochastic"}:
+        yield "dY", "quantize_gradient", m, n, f"{g.granularity} {h.granularity}"
+        return
+    for product, q, layout in (("dgrad", g, "rows"), ("wgrad", h, "cols")):
+        if q:
+            yield f"dY for {product}", "quantize", m, n, f"{q.granularity} {q.rounding} {layout}"
+
+
 def _predict(rows: int, layer: nn.Linear, recipe: Recipe, device: torch.device, choice: Choice) -> cost.Prediction:
-    ceilings = cost.ceilings(device)
+    """From what was tuned on the device, else from its ceilings. Raises cost.NotModelled."""
     if choice.backend == "reference":
+        cost.ceilings(device)  # where there is no GPU, that is the reason
         raise cost.NotModelled(f"plain torch: {choice.reason}")
-    return cost.linear(rows, layer.out_features, layer.in_features, recipe, ceilings)
+    sizes, table = (rows, layer.out_features, layer.in_features), tuning.table(device)
+    if len(table):
+        arch, processors = device_info(str(device))
+        gpu = dict(device=device.type, arch=arch, processors=processors, triton=triton_version())
+        with contextlib.suppress(cost.NotModelled):
+            return cost.tuned_linear(*sizes, recipe, table, str(layer.weight.dtype).removeprefix("torch."), **gpu)
+    return cost.linear(*sizes, recipe, cost.ceilings(device))
 
 
 def _why_not(module: nn.Linear, name: str, modules: Mapping[str, nn.Module]) -> str | None:
@@ -260,7 +288,7 @@ def _planned(module: nn.Linear, name: str, recipe: Recipe, rows: int) -> LayerRe
     shape, device = tuple(module.weight.shape), module.weight.device
     if recipe.is_exact:
         return LayerReport(name, "Linear", shape, recipe.name, status, "torch", None, "", "full precision")
-    choice = select(problem("scaled_mm", device, rows, *shape, dtype=module.weight.dtype, format=recipe.format))
+    choice = _choice("scaled_mm", device, rows, *shape, dtype=module.weight.dtype, format=recipe.format)
     try:
         expected = _predict(rows, module, recipe, device, choice)
     except cost.NotModelled as e:

@@ -12,7 +12,8 @@ from torch.nn.utils import prune
 
 import fqt
 import fqt.nn
-from fqt import convert, cost
+from fqt import convert, cost, tuned
+from fqt.tuned import Entry, Timing
 
 
 def mlp():
@@ -224,7 +225,7 @@ def test_explain_names_each_operator_its_choice_and_the_reason(capsys):
     layer = fqt.nn.Linear(16, 8, recipe="bhq4")
     fqt.explain(layer, torch.randn(2, 3, 16))
     text = capsys.readouterr().out
-    assert "M=6 N=8 K=16" in text and text.count("reference: CPU tensors") == 6 and "Householder" in text
+    assert "M=6 N=8 K=16" in text and text.count("reference: CPU tensors") == 7 and "Householder" in text
     with fqt.backend("triton"):
         fqt.explain(layer, torch.randn(6, 16))
     assert "fprop (6, 8, 16): triton" in capsys.readouterr().out
@@ -317,6 +318,21 @@ def test_on_a_gpu_without_a_kernel_bf16_is_faster():
     assert got.reason == f"bf16 is faster than plain torch: {reason}"
     with pytest.raises(ValueError, match="only_if_faster"):
         convert._unless_slower(layer, fqt.Recipe.int8(), on_gpu=False, strict=True)
+
+
+def test_tuned_times_come_before_the_model(h100, monkeypatch):
+    model, recipe = wide_and_narrow(), fqt.Recipe.int8()
+    assert cost.linear(4096, 4096, 4096, recipe, h100).ratio > 1
+    operators = cost.operators(
+        4096, 4096, 4096, recipe, "float32", device="cpu", arch="sm90", processors=132, triton="3"
+    )
+    entries = [Entry(tuned.key(p), (Timing("tile", (64, 128, 8), 1, 10**6),), 10**6, (p.m, p.n, p.k))
+               for p in operators.values()]  # fmt: skip
+    monkeypatch.setattr(convert.tuning, "table", lambda device: tuned.Table(entries))
+    monkeypatch.setattr(convert, "device_info", lambda device: ("sm90", 132))
+    report = fqt.quantize_(model, "int8", only_if_faster=True, strict=False)
+    wide = report.layers[0]  # 3 ms in bf16; as long for the products, and 3 ms for the quantizations
+    assert wide.status == "skipped" and wide.speedup == pytest.approx(0.5) and wide.expected == "0.50× (tuned)"
 
 
 def test_only_if_faster_without_a_gpu_says_so():
