@@ -3,7 +3,7 @@
     T_bf16 = 6·M·N·K / R_bf16        T = 6·M·N·K / R + (a·M·K + b·M·N + c·N·K) / BW
 
 X is (M, K), W (N, K), dY (M, N); a, b and c are the bytes that quantizing an element of each moves, which follow from the
-recipe. R and BW are `Ceilings`: rates that fqt_bench.gpu measured on the same GPU, or shares of its datasheet's peaks. On a
+recipe. R and BW are `Ceilings`: rates that `fqt bench` measured on the same GPU, or shares of its datasheet's peaks. On a
 GPU with a known number of processors the tiles of each product are counted in waves, and each kernel costs its launch.
 A prediction is never a measurement: it says "measured" or "datasheet" for where its ceilings come from. Where every
 operator of a layer was tuned on the GPU, `tuned_linear` adds up the times that tuning took instead, and says "tuned".
@@ -361,7 +361,7 @@ def from_datasheet(gpu: str, arch: str, processors: int) -> Ceilings:
 
 def measured(path: Path) -> dict[str, dict]:
     """The newest entry of each GPU in a file of measured ceilings: a list of {gpu, bf16_tflops, int8_tops, fp8_tflops
-    (or null), tb_s, versions, date (ISO 8601), file}, as fqt_bench.gpu writes them.
+    (or null), tb_s, versions, date (ISO 8601), file}, as `fqt bench` writes them.
 
     Raises:
         ValueError: a file that is no such list, naming the entry and the field.

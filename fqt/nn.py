@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import ops, rng
 from .dispatch import problem, select
@@ -17,6 +18,16 @@ from .recipe import Recipe
 
 _built = 0  # layers constructed directly, which have no qualified name to take their key from
 _said: set[str] = set()  # reasons of fall-backs that were already given
+_steps = 0  # of all optimizers of the process
+
+
+def _count_step(*_: object) -> None:
+    """torch's fused optimizers, and kernels of other libraries, write weights without advancing autograd's version."""
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 class _Cached(NamedTuple):
@@ -34,8 +45,9 @@ class Linear(nn.Linear):
     autocast is on; output (*, out_features) in the dtype that `nn.Linear` gives. A sample is a row of the input flattened
     to two dimensions. Activation ranges are always those of the batch at hand, in evaluation as well.
 
-    The weight is quantized once for each version of the parameter (its address and autograd's version counter). Writes
-    that autograd does not see, through `.data` or a foreign library, need `fqt.invalidate_`. Between forward and backward
+    The weight is quantized once for each version of the parameter (its address and autograd's version counter), and again
+    after a step of any optimizer where it requires a gradient. Other writes that autograd does not see, through `.data` or
+    by a foreign library, need `fqt.invalidate_`. Between forward and backward
     the input is kept as int8 codes, transposed; in evaluation, or where nothing needs a gradient, nothing is kept.
 
     Args:
@@ -134,7 +146,7 @@ class Linear(nn.Linear):
         w = self.weight
         if torch.compiler.is_compiling() or not _has_version(w):
             return ops.quantize_weight(w.detach(), self._fqt_recipe, transposed)
-        key = (w.data_ptr(), w._version, w.dtype, w.device, self._fqt_recipe)
+        key = (w.data_ptr(), w._version, w.dtype, w.device, self._fqt_recipe, _steps if w.requires_grad else None)
         cached = self._fqt_cache
         if cached is None or cached.key != key or (transposed and cached.value.qt is None):
             cached = _Cached(key, ops.quantize_weight(w.detach(), self._fqt_recipe, transposed))

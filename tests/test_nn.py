@@ -286,10 +286,24 @@ def test_every_write_that_autograd_sees_is_seen():
         module(x).sum().backward()
         torch.optim.AdamW(module.parameters(), lr=0.1, foreach=True).step()
         yield "a foreach optimizer"
+        torch.optim.AdamW(module.parameters(), lr=0.1, fused=True).step()
+        yield "a fused optimizer, which does not advance the version"
 
     module(x)
     for what in writes():
         assert torch.equal(module(x), fresh()), what
+
+
+def test_a_frozen_weight_is_not_quantized_again_after_each_step():
+    """Beside an adapter, say: the codes are those of the same object."""
+    frozen, trained = layer("int8", dtype=torch.float32).requires_grad_(False), layer("int8", dtype=torch.float32)
+    x = torch.randn(4, 40)
+    frozen(x)
+    (trained(x)).sum().backward()
+    before = frozen._fqt_cache
+    torch.optim.SGD(trained.parameters(), lr=0.1).step()
+    frozen(x)
+    assert before is not None and frozen._fqt_cache is before
 
 
 def test_a_write_through_data_needs_invalidate_():
