@@ -21,12 +21,13 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# On a machine with a GPU, with the torch, Triton, pytest and hypothesis of the python3 at hand; no network. All three
-# parts run even if one fails: the GPU may be gone tomorrow.
+# On a machine with a GPU, with the torch, Triton, pytest and hypothesis of the python3 at hand; no network. All parts run
+# even if one fails: the GPU may be gone tomorrow.
 gpu: export PYTHONPATH := .:kernels:bench
 gpu:
 	@failed=0; \
-	for part in "fqt doctor" "pytest -q" "fqt_bench.gpu"; do \
+	for part in "fqt doctor" "pytest -q" "fqt tune --suite llama-8b cubes --budget 4" \
+		"fqt bench --suite kernels layers optim train --budget-s 420"; do \
 		echo "== $(PYTHON) -m $$part"; $(PYTHON) -m $$part || failed=1; \
 	done; exit $$failed
 

@@ -1,5 +1,8 @@
 """Fakes for the tests of the benchmark: a clock that nothing real drives, and candidates that go wrong."""
 
+import torch
+
+from fqt_bench import environment
 from fqt_bench.harness import Candidate, Case, Effort, Sample, Wrong
 
 ONCE = Effort(rounds=2, min_rounds=2, warm_up_s=0.0, warm_up_rounds=1)
@@ -48,9 +51,16 @@ def raises(error):
 
 
 def bad_candidates():
+    """A candidate for each status that is not "ok"."""
     out_of_resources = type("OutOfResources", (Exception,), {})
     return {
         "wrong": candidate("bad", check=says("3 of 4 elements differ")),
         "error": candidate("bad", run=raises(RuntimeError("no kernel\nfor this"))),
-        "does not fit": candidate("bad", run=raises(out_of_resources("shared memory"))),
+        "skip": candidate("bad", run=raises(out_of_resources("shared memory"))),
     }
+
+
+def record(**fields):
+    """The environment of a result, of a GPU that is not there."""
+    return {**environment.environment(torch.device("cpu")), "device": "cuda", "gpu": "NVIDIA H200",
+            "commit": "0123456789abcdef", "dirty": False, **fields}  # fmt: skip

@@ -16,8 +16,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .environment import ROOT
-
 STALL_S = 100.0  # in one candidate: several times what the slowest one compiles and tunes in
 MAX_PARTS = 8
 Key = tuple[str, str, str]  # suite, shape, candidate
@@ -73,7 +71,7 @@ def run_ahead(
 def _start(command: Sequence[str], log: Path) -> _Worker:
     env = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # the workers are parallel enough
     with log.open("w") as stdout:
-        process = subprocess.Popen(command, stdout=stdout, stderr=subprocess.DEVNULL, cwd=ROOT, env=env)
+        process = subprocess.Popen(command, stdout=stdout, stderr=subprocess.DEVNULL, env=env)
     return _Worker(process, log)
 
 
@@ -86,20 +84,22 @@ def parts() -> int:
     return max(1, min((os.cpu_count() or 1) - 1, MAX_PARTS))
 
 
-def command(part: int, parts: int, quick: bool) -> list[str]:
-    return [sys.executable, "-m", "fqt_bench.ahead", str(part), str(parts), *(["--quick"] if quick else [])]
+def command(part: int, parts: int, suites: Sequence[str], only: str, quick: bool) -> list[str]:
+    """What starts worker number `part` of `parts`."""
+    work = json.dumps({"part": part, "parts": parts, "suites": list(suites), "only": only, "quick": quick})
+    return [sys.executable, "-m", "fqt_bench.ahead", work]
 
 
 def main(argv: Sequence[str]) -> int:
     """A worker: run each of its candidates once, saying so. A kernel that breaks the CUDA context ends the process."""
     import torch
 
-    from .gpu import plans
+    from .suites import plans
 
-    part, parts = int(argv[0]), int(argv[1])
+    work = json.loads(argv[0])
     device = torch.device("cuda", torch.cuda.current_device())
     number = 0
-    for plan in plans(device, quick="--quick" in argv):
+    for plan in plans(work["suites"], device, work["quick"], work["only"]):
         if plan.key != "cases":
             continue
         try:
@@ -107,9 +107,9 @@ def main(argv: Sequence[str]) -> int:
         except Exception as error:  # out of memory: several workers share it
             print(f"fqt_bench.ahead: {plan.suite} {plan.shape}: {error}", file=sys.stderr)
             continue
-        for candidate in case.candidates:
+        for candidate in (c for c in case.candidates if not c.missing):
             number += 1
-            if number % parts == part:
+            if number % work["parts"] == work["part"]:
                 run_once(
                     lambda run=candidate.run: run(0), (case.suite, case.shape, candidate.name), torch.cuda.synchronize
                 )

@@ -27,9 +27,9 @@ GRID = Quantizer(8, "per_tensor", "grid")
 BF16_BOUND = 2.0**-7  # twice the unit roundoff of bfloat16, in which the outputs are rounded
 
 
-def gaussian(*shape: int, device: torch.device, seed: int) -> Tensor:
+def gaussian(*shape: int, device: torch.device, seed: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     generator = torch.Generator(device).manual_seed(seed)
-    return torch.randn(*shape, generator=generator, device=device).to(torch.bfloat16)
+    return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
 
 def ceilings(device: torch.device) -> Ceilings | None:
@@ -38,11 +38,6 @@ def ceilings(device: torch.device) -> Ceilings | None:
         return cost.ceilings(device)
     except cost.NotModelled:
         return None
-
-
-def has_fp8(device: torch.device) -> bool:
-    """Whether the GPU has products of e4m3 codes."""
-    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def quantize_exactly(
@@ -110,7 +105,7 @@ def quantize(m: int, n: int, device: torch.device, sets: int = 2) -> Case:
     x = [gaussian(m, n, device=device, seed=i) for i in range(sets)]
     target = torch.empty_like(x[0])
     copy = Candidate("copy_", lambda i: target.copy_(x[i]), lambda out, i: check_equal(out, x[i]), bytes=4.0 * m * n,
-                     ours=False, prediction=_copy_prediction(device), tag="copy")  # fmt: skip
+                     provider="torch", prediction=_copy_prediction(device), tag="copy")  # fmt: skip
     candidates = [copy]
     for tag, quantizer, kernel, layout in QUANTIZATIONS:
         if kernel != "rows" or rows_block(m, n, layout.get("cols", False)) is not None:

@@ -1,12 +1,13 @@
 """Fair timing: candidates interleaved in one process, each checked before and after it is timed, raw samples kept.
 
-Nothing here touches a GPU: a `Timer` is passed in (`fqt_bench.cuda.CudaTimer` on a GPU, a fake one in the tests).
+Nothing here touches a device: a `Timer` is passed in (`fqt_bench.cuda.CudaTimer`, `fqt_bench.cpu.CpuTimer`, a fake one
+in the tests).
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
+import gc
 import random
 import statistics
 import sys
@@ -17,7 +18,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-UNITS = {"TOPS": 1e12, "TFLOP/s": 1e12, "GB/s": 1e9}
+from .stats import percentile, speed_ups
+
+DOES_NOT_FIT = "does not fit"  # begins the remark on a candidate that the device is too small for
 RESERVE_S = 5.0  # a candidate that has not been compiled is not started with less time left than this
 FIRST_LEAD_MS = 1.0  # head start of the host while it has not been timed
 MAX_LEAD_MS = 20.0
@@ -28,7 +31,8 @@ class Wrong(Exception):
 
 
 class Sample(NamedTuple):
-    """device_ms: between the two events. host_ms: to enqueue the work. starved: the device had to wait for the host."""
+    """device_ms: that the work took. host_ms: to enqueue it, 0 where nothing is enqueued. starved: the device had to wait
+    for the host."""
 
     device_ms: float
     host_ms: float
@@ -49,9 +53,9 @@ class Candidate:
 
     run(i) launches on input set i and returns its outputs. check(outputs, i) returns a remark such as "bit-equal", or
     raises Wrong. ops and bytes: the operations and the bytes of memory traffic that the work needs at least, None where
-    no rate is to be quoted. ours: a failure of this one is a failure of the benchmark. tag: what it counts as in the
-    targets. rewind: called before a run that is to repeat the one before. same_bits: candidates of a case with the same
-    name here must give the same bits.
+    no rate is to be quoted. provider: whose code it is; a failure of fqt's own is a failure of the benchmark. tag: what it
+    counts as in the targets. missing: why it cannot run here, and is reported as skipped. rewind: called before a run that
+    is to repeat the one before. same_bits: candidates of a case with the same name here must give the same bits.
     """
 
     name: str
@@ -59,16 +63,25 @@ class Candidate:
     check: Callable[[Any, int], str]
     ops: float | None = None
     bytes: float | None = None
-    ours: bool = True
+    provider: str = "fqt"
     prediction: str = ""
     tag: str = ""
+    missing: str = ""
     rewind: Callable[[], object] | None = None
     same_bits: str = ""
+
+    @property
+    def ours(self) -> bool:
+        return self.provider == "fqt"
 
 
 @dataclass(frozen=True)
 class Case:
-    """Candidates that are timed against each other on `sets` sets of inputs; unit is the rate that the table shows."""
+    """Candidates that are timed against each other on `sets` sets of inputs.
+
+    suite: the kind of case. unit: what the table shows, a rate or "ms". ratios are of the rates in that unit, of the times
+    where it is "ms".
+    """
 
     suite: str
     shape: str
@@ -108,32 +121,35 @@ def measure(
     """Check, warm up, sample and check again every candidate of a case: plain values, ready for JSON.
 
     Each round runs every candidate once, in an order of its own: drifts of clock or temperature reach all alike.
-    A verdict is "ok", "wrong", "error", "crashed" (named in `refused`, with the reason, and not run), "does not fit",
-    "not installed" or "skipped"; only "ok" comes with figures.
+    A status is "ok", "wrong", "error" or "skip"; only "ok" comes with figures. An error is also what `refused` names, with
+    the reason: it is not run. Skipped: what is not installed, does not fit on the device, or finds no time left.
     """
     records = {c.name: _record(c) for c in case.candidates}
     for name in refused.keys() & records.keys():
-        records[name] |= {"verdict": "crashed", "remark": refused[name]}
-    candidates = [c for c in case.candidates if c.name not in refused]
+        records[name] |= {"status": "error", "remark": f"crashed: {refused[name]}"}
+    for candidate in (c for c in case.candidates if c.missing):
+        records[candidate.name] |= {"status": "skip", "remark": candidate.missing}
+    candidates = [c for c in case.candidates if records[c.name]["status"] == "ok"]
     active = [c for c in candidates if _admit(c, case, timer, budget, records[c.name])]
     samples: dict[str, list[Sample]] = {c.name: [] for c in active}
     lead_ms = _warm_up(active, case, timer, effort, records)
     start, done = timer.now(), 0
-    for order in orders(len(active), effort.rounds):
-        if done >= effort.min_rounds and (timer.now() - start > effort.limit_s or budget.left() <= 0):
-            break
-        for candidate in (active[i] for i in order):
-            if records[candidate.name]["verdict"] == "ok":
-                sample = _sample(candidate, done % case.sets, timer, lead_ms, records[candidate.name])
-                samples[candidate.name] += [sample] if sample else []
-        done += 1
+    with _no_garbage_collection():
+        for order in orders(len(active), effort.rounds):
+            if done >= effort.min_rounds and (timer.now() - start > effort.limit_s or budget.left() <= 0):
+                break
+            for candidate in (active[i] for i in order):
+                if records[candidate.name]["status"] == "ok":
+                    sample = _sample(candidate, done % case.sets, timer, lead_ms, records[candidate.name])
+                    samples[candidate.name] += [sample] if sample else []
+            done += 1
     for candidate in active:
-        if records[candidate.name]["verdict"] == "ok":
+        if records[candidate.name]["status"] == "ok":
             _try(candidate, 0, timer, records[candidate.name])
     for candidate in active:
-        if records[candidate.name]["verdict"] == "ok":
+        if records[candidate.name]["status"] == "ok":
             records[candidate.name] |= figures(samples[candidate.name], candidate)
-    _add_ratios(records, case)
+    _add_ratios(records, case, {c.name: c for c in case.candidates})
     return {"suite": case.suite, "shape": case.shape, "unit": case.unit, "baseline": case.baseline, "rounds": done,
             "sets": case.sets, "lead_ms": lead_ms, "candidates": list(records.values())}  # fmt: skip
 
@@ -143,11 +159,11 @@ def repeat(
 ) -> list[dict[str, str]]:
     """Whether fqt's own candidates give the same bits in each of several runs, and those that must, the same as others.
 
-    One record each: suite, shape, name, verdict ("ok", "differs" or a failure's) and remark.
+    One record each: suite, shape, name, status ("wrong" where they differ, or a failure's) and remark.
     """
     records, first = [], {}
-    for candidate in (c for c in case.candidates if c.ours and c.name not in refused):
-        record = {"suite": case.suite, "shape": case.shape, "name": candidate.name, "verdict": "ok",
+    for candidate in (c for c in case.candidates if c.ours and not c.missing and c.name not in refused):
+        record = {"suite": case.suite, "shape": case.shape, "name": candidate.name, "status": "ok",
                   "remark": f"{runs} runs bit-equal"}  # fmt: skip
         records.append(record)
         try:
@@ -160,7 +176,7 @@ def repeat(
         except Exception as error:
             record |= _failure(error)
         else:
-            record |= {"verdict": "differs", "remark": differs} if differs else {}
+            record |= {"status": "wrong", "remark": differs} if differs else {}
     return records
 
 
@@ -188,15 +204,6 @@ def orders(candidates: int, rounds: int, seed: int = 0) -> Iterator[list[int]]:
 # ---- figures
 
 
-def percentile(values: Sequence[float], percent: float) -> float:
-    """Linear interpolation between the two nearest of the sorted values."""
-    ordered = sorted(values)
-    position = (len(ordered) - 1) * percent / 100
-    below = math.floor(position)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
-
-
 def figures(samples: Sequence[Sample], candidate: Candidate) -> dict[str, Any]:
     """Median, p10 and p90 in ms, the rates that follow from the median, and the raw samples in the order taken."""
     times = [s.device_ms for s in samples]
@@ -211,14 +218,20 @@ def figures(samples: Sequence[Sample], candidate: Candidate) -> dict[str, Any]:
     }
 
 
-def _add_ratios(records: dict[str, dict[str, Any]], case: Case) -> None:
+def _add_ratios(records: dict[str, dict[str, Any]], case: Case, candidates: Mapping[str, Candidate]) -> None:
     """ "ratio": the rate, in the case's unit, over the baseline's in the same run; above 1 is faster."""
-    key = "gb_s" if case.unit == "GB/s" else "tops"
-    base = records[case.baseline].get(key)
-    for record in records.values():
-        rate = record.get(key)
-        if rate is not None and base is not None:
-            record["ratio"] = rate / base
+
+    def work(name: str) -> float | None:
+        field = {"GB/s": "bytes", "ms": None}.get(case.unit, "ops")
+        return 1.0 if field is None else getattr(candidates[name], field)
+
+    measured = {
+        name: record["samples_ms"] for name, record in records.items() if record["status"] == "ok" and work(name)
+    }
+    if case.baseline in measured:
+        for name, ratio in speed_ups(measured[case.baseline], measured).items():
+            more = work(name) / work(case.baseline)
+            records[name]["ratio"] = {field: more * value for field, value in ratio._asdict().items()}
 
 
 # ---- running a candidate
@@ -228,9 +241,10 @@ def _record(candidate: Candidate) -> dict[str, Any]:
     return {
         "name": candidate.name,
         "ours": candidate.ours,
+        "provider": candidate.provider,
         "tag": candidate.tag,
         "prediction": candidate.prediction,
-        "verdict": "ok",
+        "status": "ok",
         "remark": "",
     }
 
@@ -238,7 +252,7 @@ def _record(candidate: Candidate) -> dict[str, Any]:
 def _admit(candidate: Candidate, case: Case, timer: Timer, budget: Budget, record: dict[str, Any]) -> bool:
     """Compile and check a candidate on every input set; false, with the reason in its record, where it is not timed."""
     if budget.left() < RESERVE_S:
-        record |= {"verdict": "skipped", "remark": f"{max(budget.left(), 0):.0f} s of {budget.seconds:.0f} s left"}
+        record |= {"status": "skip", "remark": f"{max(budget.left(), 0):.0f} s of {budget.seconds:.0f} s left"}
         return False
     print(f"bench: {budget.spent():5.1f} s  {case.suite} {case.shape}: {candidate.name}", file=sys.stderr, flush=True)
     with poisoned_memory():
@@ -246,7 +260,7 @@ def _admit(candidate: Candidate, case: Case, timer: Timer, budget: Budget, recor
 
 
 def _try(candidate: Candidate, i: int, timer: Timer, record: dict[str, Any]) -> bool:
-    """Run once and check; false, and the verdict and reason in the record, where the candidate is wrong or raises."""
+    """Run once and check; false, and the status and reason in the record, where the candidate is wrong or raises."""
     try:
         out = candidate.run(i)
         timer.synchronize()
@@ -259,13 +273,13 @@ def _try(candidate: Candidate, i: int, timer: Timer, record: dict[str, Any]) -> 
 
 def _failure(error: Exception) -> dict[str, str]:
     if isinstance(error, Wrong):
-        return {"verdict": "wrong", "remark": str(error)}
+        return {"status": "wrong", "remark": str(error)}
     text = (str(error).strip() or "no message").splitlines()[0][:200]
     if isinstance(error, ModuleNotFoundError):
-        return {"verdict": "not installed", "remark": text}
+        return {"status": "skip", "remark": f"not installed: {text}"}
     if type(error).__name__ == "OutOfResources":  # Triton's: more shared memory than a block may have
-        return {"verdict": "does not fit", "remark": text}
-    return {"verdict": "error", "remark": f"{type(error).__name__}: {text}"}
+        return {"status": "skip", "remark": f"{DOES_NOT_FIT}: {text}"}
+    return {"status": "error", "remark": f"{type(error).__name__}: {text}"}
 
 
 def _sample(candidate: Candidate, i: int, timer: Timer, lead_ms: float, record: dict[str, Any]) -> Sample | None:
@@ -285,13 +299,27 @@ def _warm_up(
     start, done = timer.now(), 0
     while active and (done < effort.warm_up_rounds or timer.now() - start < effort.warm_up_s):
         for candidate in active:
-            if records[candidate.name]["verdict"] == "ok":
+            if records[candidate.name]["status"] == "ok":
                 sample = _sample(candidate, done % case.sets, timer, FIRST_LEAD_MS, records[candidate.name])
                 host[candidate.name] += [sample.host_ms] if sample else []
         done += 1
-        if all(records[c.name]["verdict"] != "ok" for c in active):
+        if all(records[c.name]["status"] != "ok" for c in active):
             break
-    return min(2 * max((statistics.median(ms) for ms in host.values() if ms), default=0.0) + 0.05, MAX_LEAD_MS)
+    slowest = max((statistics.median(ms) for ms in host.values() if ms), default=0.0)
+    return min(2 * slowest + 0.05, MAX_LEAD_MS) if slowest else 0.0
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Within, no sample pays for the garbage of those before it."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager

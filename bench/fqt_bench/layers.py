@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from fqt.products import DGRAD, WGRAD
 from fqt.qtensor import QTensor
 from fqt.recipe import Quantizer, Recipe
 
-from .cases import BF16_BOUND, ceilings, gaussian, has_fp8, quantize_exactly
+from .cases import BF16_BOUND, ceilings, gaussian, quantize_exactly
 from .harness import Candidate, Case, check_near
+from .providers import has_fp8, peer
 
 RECIPES = ("int8", "psq8")
 STREAM_KEY = 0x0123456789ABCDEF
@@ -30,39 +31,57 @@ def recipes(device: torch.device) -> tuple[str, ...]:
     return (*RECIPES, "fp8") if has_fp8(device) else RECIPES
 
 
-def linear(m: int, n: int, k: int, device: torch.device, sets: int = 2) -> Case:
-    """Forward and backward of a linear layer without bias, X (M, K), W (N, K), bf16: `fqt.nn.Linear` against nn.Linear,
-    eager and compiled, and torchao's int8 mixed-precision training.
+def linear(
+    m: int,
+    n: int,
+    k: int,
+    device: torch.device,
+    sets: int = 2,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    names: Sequence[str] | None = None,
+) -> Case:
+    """Forward and backward of a linear layer without bias, X (M, K), W (N, K): `fqt.nn.Linear` of the recipes that are
+    named (those of `recipes` if None) against nn.Linear, eager and compiled, and torchao's int8 mixed-precision training.
 
     All of the quantization is timed. The codes of the weight are dropped at the start of each run, on the host, so that
     every run quantizes the weight in both layouts, as a training step does.
     """
-    x = [gaussian(m, k, device=device, seed=2 * i).requires_grad_() for i in range(sets)]
-    dy = [gaussian(m, n, device=device, seed=2 * i + 1) for i in range(sets)]
+    x = [gaussian(m, k, device=device, seed=2 * i, dtype=dtype).requires_grad_() for i in range(sets)]
+    dy = [gaussian(m, n, device=device, seed=2 * i + 1, dtype=dtype) for i in range(sets)]
     ops = 6.0 * m * n * k
-    plain = torch.nn.Linear(k, n, bias=False, device=device, dtype=torch.bfloat16)
-    baseline = Candidate("nn.Linear bf16", step(plain, x, dy), _exact_check(plain, x, dy, BF16_BOUND), ops, ours=False,
-                         tag="bf16")  # fmt: skip
+    bound = BF16_BOUND if dtype == torch.bfloat16 else max(m, n, k) * 2.0**-24  # float32 sums of so many terms
+    plain = torch.nn.Linear(k, n, bias=False, device=device, dtype=dtype)
+    title = f"nn.Linear {dtype_name(dtype)}"
+    exact = _exact_check(plain, x, dy, bound)
+    baseline = Candidate(title, step(plain, x, dy), exact, ops, **peer("torch", device), tag="bf16")
     candidates = [baseline]
-    hopper = ["int8"] if _against_hopper(device) is None else []
-    for name, backend in [(name, "auto") for name in recipes(device)] + [(name, "hopper") for name in hopper]:
-        layer = fqt.nn.Linear(k, n, bias=False, device=device, dtype=torch.bfloat16, recipe=name)
+    hopper = ["int8"] if names is None and _against_hopper(device) is None else []
+    named = [(name, "auto") for name in (recipes(device) if names is None else names)]
+    for name, backend in named + [(name, "hopper") for name in hopper]:
+        layer = fqt.nn.Linear(k, n, bias=False, device=device, dtype=dtype, recipe=name)
         with torch.no_grad():
             layer.weight.copy_(plain.weight)
             layer._fqt_rng.copy_(torch.tensor([STREAM_KEY, 0]))  # the same bits whichever kernels compute the layer
         note = "" if backend == "auto" else f" {backend}"
+        check = exact if layer.recipe.is_exact else _layer_check(layer, x, dy, bound)
         candidates.append(
             Candidate(
-                f"{OWN}{name}{note}", step(layer, x, dy, backend=backend), _layer_check(layer, x, dy), ops,
+                f"{OWN}{name}{note}", step(layer, x, dy, backend=backend), check, ops,
                 prediction="" if note else _prediction(m, n, k, layer.recipe, device), tag=f"{name}{note}",
                 rewind=_rewind(layer), same_bits=name,
             )
         )  # fmt: skip
-    if device.type == "cuda":
-        compiled = Candidate("nn.Linear bf16, torch.compile", step(plain, x, dy, compiled=True),
-                             _exact_check(plain, x, dy, BF16_BOUND), ops, ours=False, tag="bf16 compiled")  # fmt: skip
-        candidates += [compiled, _torchao(plain, x, dy, ops)]
+    candidates += [
+        Candidate(f"{title}, torch.compile", step(plain, x, dy, compiled=True), exact, ops,
+                  **peer("torch.compile", device), tag="bf16 compiled"),
+        _torchao(plain, x, dy, ops),
+    ]  # fmt: skip
     return Case("linear fwd+bwd", f"{m}x{n}x{k}", "TFLOP/s", baseline.name, tuple(candidates), sets)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return "bf16" if dtype == torch.bfloat16 else str(dtype).removeprefix("torch.")
 
 
 def _against_hopper(device: torch.device) -> str | None:
@@ -87,13 +106,14 @@ def step(
     layer: torch.nn.Linear, x: list[Tensor], dy: list[Tensor], compiled: bool = False, backend: str = "auto"
 ) -> Callable[[int], tuple[Tensor, Tensor, Tensor]]:
     """run(i): forward and backward on input set i from empty gradients; returns (Y, dX, dW)."""
-    forward = torch.compile(layer, dynamic=False) if compiled else layer
+    # Not before it runs: the compiler takes seconds to import.
+    forward = functools.cache(lambda: torch.compile(layer, dynamic=False) if compiled else layer)
 
     def run(i: int) -> tuple[Tensor, Tensor, Tensor]:
         x[i].grad = layer.weight.grad = None
         fqt.invalidate_(layer)
         with fqt.backend(backend) if backend != "auto" else contextlib.nullcontext():  # "auto": whatever is in force
-            y = forward(x[i])
+            y = forward()(x[i])
             y.backward(dy[i])
         return y.detach(), x[i].grad, layer.weight.grad
 
@@ -107,7 +127,7 @@ def _rewind(layer: fqt.nn.Linear) -> Callable[[], object]:
 
 
 def _torchao(plain: torch.nn.Linear, x: list[Tensor], dy: list[Tensor], ops: float) -> Candidate:
-    """torchao's prototype, compiled, as its own benchmarks run it; the import fails where it is not installed."""
+    """torchao's prototype, compiled, as its own benchmarks run it."""
     runs: list[Callable] = []
 
     def run(i: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,7 +144,7 @@ def _torchao(plain: torch.nn.Linear, x: list[Tensor], dy: list[Tensor], ops: flo
         return runs[0](i)
 
     return Candidate("torchao int8 mixed precision, torch.compile", run, _exact_check(plain, x, dy, TORCHAO_BOUND), ops,
-                     ours=False, tag="torchao")  # fmt: skip
+                     **peer("torchao", plain.weight.device), tag="torchao")  # fmt: skip
 
 
 def _exact_check(layer: torch.nn.Linear, x: list[Tensor], dy: list[Tensor], bound: float):
@@ -135,7 +155,7 @@ def _exact_check(layer: torch.nn.Linear, x: list[Tensor], dy: list[Tensor], boun
     return check
 
 
-def _layer_check(layer: fqt.nn.Linear, x: list[Tensor], dy: list[Tensor]):
+def _layer_check(layer: fqt.nn.Linear, x: list[Tensor], dy: list[Tensor], bound: float):
     """Against `fqt.reference`'s definitions of the three products, in float32, with the random bits of the step done."""
 
     def check(out: tuple[Tensor, Tensor, Tensor], i: int) -> str:
@@ -149,7 +169,7 @@ def _layer_check(layer: fqt.nn.Linear, x: list[Tensor], dy: list[Tensor]):
             reference.dgrad(g, wq, recipe, rng=rng, stream=DGRAD),
             reference.wgrad(g, xq, recipe, rng=rng, stream=WGRAD),
         )
-        return _check_layer(out, want, BF16_BOUND)
+        return _check_layer(out, want, bound)
 
     return check
 

@@ -9,26 +9,33 @@ from typing import Any
 
 from fqt.cli import table
 
+from .harness import DOES_NOT_FIT
 from .products import DISPATCHED
 
-HEADER = ("suite", "shape", "candidate", "ms", "p10-p90", "rate", "ratio", "prediction", "verdict")
-FAILED = ("wrong", "error", "crashed", "differs")
-OWN_INT8 = ("portable", "split", "hopper")
+HEADER = ("case", "shape", "candidate", "ms", "p10-p90", "rate", "ratio", "95 %", "prediction", "verdict")
+FAILED = ("wrong", "error")
+OWN_INT8 = ("portable", "split", "hopper", "cublas")
 OWN_LAYER = ("int8", "int8 hopper")
 BF16 = ("bf16", "bf16 compiled")  # the faster one is the baseline
 Result = dict[str, Any]
 
 
 def failures(result: Result) -> list[str]:
-    """fqt's own candidates that failed or changed their bits, a choice of dispatch that does not fit, cases not built."""
+    """fqt's own candidates that failed or changed their bits, a choice of dispatch that does not fit, what broke else."""
 
     def failed(c: dict[str, Any]) -> bool:
-        return c["verdict"] in FAILED or (c["verdict"] == "does not fit" and DISPATCHED in c["name"])
+        return c["status"] in FAILED or (DISPATCHED in c["name"] and c["remark"].startswith(DOES_NOT_FIT))
 
-    bad = [f"{case['suite']} {case['shape']}: {c['name']}: {c['verdict']}" for case in result["cases"]
+    bad = [f"{case['suite']} {case['shape']}: {c['name']}: {_verdict(c)}" for case in result["cases"]
            for c in case["candidates"] if c["ours"] and failed(c)]  # fmt: skip
-    bad += [f"repeat {r['shape']}: {r['name']}: {r['verdict']}" for r in result["repeats"] if failed(r)]
-    return bad + [f"{s['suite']} {s['shape']}: error" for s in result["skipped"] if s["verdict"] == "error"]
+    bad += [f"repeat {r['shape']}: {r['name']}: {_verdict(r)}" for r in result["repeats"] if failed(r)]
+    return bad + [f"{s['suite']} {s['shape']}: {_verdict(s)}" for s in result["skipped"] if s["status"] == "error"]
+
+
+def measured(result: Result) -> bool:
+    """Whether the run has any figure."""
+    timed = any(c["status"] == "ok" for case in result["cases"] for c in case["candidates"])
+    return timed or any(result[key] for key in ("counters", "memory", "repeats", "launches"))
 
 
 # ---- targets
@@ -36,7 +43,8 @@ def failures(result: Result) -> list[str]:
 
 @dataclass(frozen=True)
 class Target:
-    """A figure that is to be at least (or, with at_most, at most) its bound. measure(result) is None where it is missing."""
+    """A figure of a GPU that is to be at least (or, with at_most, at most) its bound. measure(result) is None where it is
+    missing."""
 
     name: str
     what: str
@@ -46,7 +54,7 @@ class Target:
     at_most: bool = False
 
     def row(self, result: Result) -> tuple[str, str, str, str, str]:
-        value = self.measure(result)
+        value = self.measure(result) if result["environment"]["device"] == "cuda" else None
         sign = "≤" if self.at_most else "≥"
         head = (self.name, self.what, f"{sign} {_shown(self.bound, self.unit)}")
         if value is None:
@@ -62,7 +70,7 @@ def _shown(value: float, unit: str) -> str:
 def best(result: Result, suite: str, shape: str, tags: Sequence[str], field: str = "tops") -> float | None:
     """The largest figure of the candidates with one of these tags that passed their checks."""
     found = [c[field] for case in result["cases"] if (case["suite"], case["shape"]) == (suite, shape)
-             for c in case["candidates"] if c["tag"] in tags and c["verdict"] == "ok" and c.get(field)]  # fmt: skip
+             for c in case["candidates"] if c["tag"] in tags and c["status"] == "ok" and c.get(field)]  # fmt: skip
     return max(found, default=None)
 
 
@@ -87,8 +95,8 @@ def _saved(result: Result) -> float | None:
 
 def _repeated(result: Result) -> float | None:
     """The share of the own candidates that repeat their bits; those that could not run are none."""
-    verdicts = [r["verdict"] for r in result["repeats"] if r["verdict"] in ("ok", *FAILED)]
-    return 100.0 * verdicts.count("ok") / len(verdicts) if verdicts else None
+    found = [r["status"] for r in result["repeats"] if r["status"] in ("ok", *FAILED)]
+    return 100.0 * found.count("ok") / len(found) if found else None
 
 
 GEMM, LINEAR, QUANTIZE = "gemm", "linear fwd+bwd", "quantize"
@@ -123,7 +131,9 @@ TARGETS = (
 
 def ceilings(result: Result, file: str) -> dict[str, Any] | None:
     """The entry of this GPU for `fqt/ceilings.json`: the best rates of the run; None where one is missing."""
-    found = [(case, c) for case in result["cases"] for c in case["candidates"] if c["verdict"] == "ok"]
+    if result["environment"]["device"] == "cpu":
+        return None
+    found = [(case, c) for case in result["cases"] for c in case["candidates"] if c["status"] == "ok"]
 
     def rate(tags: Sequence[str]) -> float | None:
         return max((c["tops"] for case, c in found if case["suite"] == GEMM and c["tag"] in tags), default=None)
@@ -151,22 +161,34 @@ def _elements(shape: str) -> int:
 
 
 def report(result: Result) -> str:
-    """The environment, what was measured beside what was predicted, and the targets."""
+    """The environment, what was measured beside what was predicted, and the targets of the suites that ran."""
     e = result["environment"]
     commit = f"commit {(e['commit'] or 'unknown')[:9]}{' with changes' if e['dirty'] else ''}, source {e['source']}"
     bad = failures(result)
-    lines = [
-        f"{e['gpu'] or 'no GPU'}, capability {e['capability']}, {e['processors']} processors, driver {e['driver']}, "
-        f"torch {e['torch']}, Triton {e['triton']}, CUDA {e['cuda']}, Python {e['python']}, {e['date']}, {commit}",
-        "ratio: rate over that of the first candidate of the case, same run; prediction: fqt.cost before this run",
-        "",
-        table(HEADER, list(_rows(result)), right=(3, 4, 5, 6)),
-        "",
-        table(("", "target", "bound", "measured", "verdict"), [t.row(result) for t in TARGETS], right=(2, 3)),
-        "",
-        f"{result['spent_s']:.0f} of {result['budget_s']:.0f} s spent; {len(bad)} failures",
+    rows = list(_rows(result))
+    wide = [i for i in range(len(HEADER)) if i < 3 or any(row[i] for row in rows)]  # no column without an entry
+    right = [at for at, i in enumerate(wide) if i in (3, 4, 5, 6, 7)]
+    sections = [
+        f"{_device(e)}, torch {e['torch']}, Triton {e['triton']}, Python {e['python']}, fqt {e['fqt']}, {e['date']}, "
+        f"{commit}\n"
+        "ratio: rate over that of the first candidate of the case, same run, with its 95 % confidence interval; "
+        "prediction: fqt.cost before this run",
+        table([HEADER[i] for i in wide], [[row[i] for i in wide] for row in rows], right=right),
     ]
-    return "\n".join([*lines, *(f"FAILED {name}" for name in bad)])
+    if {"kernels", "layers"} & set(result["suites"]):
+        targets = [t.row(result) for t in TARGETS]
+        sections.append(table(("", "target", "bound", "measured", "verdict"), targets, right=(2, 3)))
+    counted = [f"{len(result['counters'])} entries of noise-free counters"] if result["counters"] else []
+    spent = f"{result['spent_s']:.0f} of {result['budget_s']:.0f} s spent"
+    sections.append("; ".join([spent, *counted, f"{len(bad)} failures"]))
+    return "\n\n".join(sections) + "".join(f"\nFAILED {name}" for name in bad)
+
+
+def _device(e: dict[str, Any]) -> str:
+    if e["device"] == "cpu":
+        return f"CPU: {e['cpu']}, {e['host']}, {e['threads']} thread{'s' * (e['threads'] > 1)}, no GPU timed"
+    return (f"{e['gpu']}, capability {e['capability']}, {e['processors']} processors, driver {e['driver']}, "
+            f"CUDA {e['cuda']}")  # fmt: skip
 
 
 def _rows(result: Result) -> Iterator[tuple[str, ...]]:
@@ -177,15 +199,15 @@ def _rows(result: Result) -> Iterator[tuple[str, ...]]:
         base = result["memory"][0]["saved"]
         verdict = f"a forward saves; the peak is {r['peak'] / 2**20:.0f} MiB"
         rate, ratio = f"{r['saved'] / 2**20:.1f} MiB", f"{r['saved'] / base:.2f}" if base else ""
-        yield ("memory", r["shape"], r["name"], "", "", rate, ratio, "", verdict)
+        yield ("memory", r["shape"], r["name"], "", "", rate, ratio, "", "", verdict)
     for r in result["repeats"]:
-        yield ("repeat", r["shape"], r["name"], "", "", "", "", "", _verdict(r))
+        yield ("repeat", r["shape"], r["name"], "", "", "", "", "", "", _verdict(r))
     base = result["launches"][0]["kernels"] if result["launches"] else 0
     for r in result["launches"]:
         rate, ratio = f"{r['kernels']} kernels", f"{r['kernels'] / base:.2f}" if base else ""
-        yield ("launches", r["shape"], r["name"], "", "", rate, ratio, "", f"{r['copies']} copies or fills")
+        yield ("launches", r["shape"], r["name"], "", "", rate, ratio, "", "", f"{r['copies']} copies or fills")
     for s in result["skipped"]:
-        yield (s["suite"], s["shape"], "", "", "", "", "", "", _verdict(s))
+        yield (s["suite"], s["shape"], "", "", "", "", "", "", "", _verdict(s))
 
 
 def _row(case: dict[str, Any], candidate: dict[str, Any]) -> tuple[str, ...]:
@@ -193,15 +215,20 @@ def _row(case: dict[str, Any], candidate: dict[str, Any]) -> tuple[str, ...]:
     head, tail = (case["suite"], case["shape"], candidate["name"]), candidate["prediction"]
     ms = candidate.get("ms")
     if ms is None:
-        return (*head, "", "", "", "", tail, verdict)
+        return (*head, "", "", "", "", "", tail, verdict)
     if candidate["starved"] > ms["n"] / 2:
         verdict += f"; host-bound: {candidate['host_ms']:.3f} ms to launch"
-    rate = candidate["gb_s"] if case["unit"] == "GB/s" else candidate["tops"]
-    ratio = f"{candidate['ratio']:.2f}" if "ratio" in candidate else ""
-    shown = f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"
-    figures = (f"{ms['median']:.4f}", f"{ms['p10']:.4f}-{ms['p90']:.4f}", f"{shown} {case['unit']}", ratio)
-    return (*head, *figures, tail, verdict)
+    rate = {"GB/s": candidate["gb_s"], "ms": None}.get(case["unit"], candidate["tops"])
+    shown = "" if rate is None else f"{_digits(rate)} {case['unit']}"
+    ratio = candidate.get("ratio")
+    ratios = (_digits(ratio["value"]), f"{_digits(ratio['low'])}-{_digits(ratio['high'])}") if ratio else ("", "")
+    return (*head, f"{ms['median']:.4f}", f"{ms['p10']:.4f}-{ms['p90']:.4f}", shown, *ratios, tail, verdict)
+
+
+def _digits(value: float) -> str:
+    """Three digits, none after the point from 100 on: 1.32, 0.0123, 987."""
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}" if value < 1 else f"{value:.{2 if value < 10 else 1}f}"
 
 
 def _verdict(record: dict[str, Any]) -> str:
-    return ": ".join(filter(None, (record["verdict"], record["remark"])))
+    return ": ".join(filter(None, (record["status"], record["remark"])))

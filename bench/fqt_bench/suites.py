@@ -1,0 +1,185 @@
+"""The suites of `fqt bench`: which cases each has, by device, the most wanted first."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+
+from . import cases, layers, operators, optim, products, train
+from .harness import Effort, Timer, repeat
+from .providers import has_fp8
+
+NAMES = ("smoke", "kernels", "layers", "optim", "train")
+FAMILIES = ("exact", "qat8", "ptq8", "psq8", "bhq8", "int8", "fp8")  # a recipe of each
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A case that is built when its turn comes, and the seconds without which it is not begun.
+
+    key: the list of the result that it adds to: "cases", and build() gives the Case to measure, or "memory", "repeats",
+    "launches", and build(timer=…, refused=…) gives the entries; refused: why a candidate of this name is not to be run.
+    """
+
+    suite: str
+    shape: str
+    needs_s: float
+    build: Callable[..., Any]
+    key: str = "cases"
+    effort: Effort | None = None  # None: the run's
+
+
+LARGE, SMALL = (8192, 8192, 8192), (4096, 4096, 4096)
+W13, W2 = (8192, 28672, 4096), (8192, 4096, 14336)  # Llama-8B, 8192 tokens
+VIT = (50432, 4096, 1024)  # ViT-L/16, batch 256, the wide layer
+SPLIT = (1024, 1024, 65536)  # the weight gradient of a narrow layer
+STEP = (8192, 4096, 4096)
+SMOKE = Effort(rounds=15, min_rounds=5, limit_s=1.2, warm_up_s=0.05, warm_up_rounds=1)
+
+
+def plans(suites: Sequence[str], device: torch.device, quick: bool, only: str = "*") -> list[Plan]:
+    """What the suites consist of on the device; quick: the smaller shapes alone. only: a pattern, with * and ? as in file
+    names, that occurs in "SUITE SHAPE" of a case. What is at the end is skipped when the time runs out."""
+    made = _on_gpu if device.type == "cuda" else _on_cpu
+    found: dict[tuple[str, str], Plan] = {}
+    for suite in suites:
+        for plan in _smoke(device) if suite == "smoke" else made(suite, device, quick):
+            found.setdefault((plan.suite, plan.shape), plan)
+    return [plan for plan in found.values() if fnmatchcase(f"{plan.suite} {plan.shape}", f"*{only}*")]
+
+
+def _plan(build: Callable[..., Any], suite: str, shape: Sequence[int], needs_s: float, device: torch.device,
+          **fields: Any) -> Plan:  # fmt: skip
+    return Plan(suite, "x".join(map(str, shape)), needs_s, functools.partial(build, *shape, device), **fields)
+
+
+def _entries(key: str, shape: Sequence[int], needs_s: float, device: torch.device, build: Callable[..., Any],
+             of: str = "") -> Plan:  # fmt: skip
+    title = f"{key} of {of}" if of else key
+    return Plan(title, "x".join(map(str, shape)), needs_s, functools.partial(build, shape, device), key)
+
+
+def _smoke(device: torch.device) -> list[Plan]:
+    """Every operator once, small."""
+    size, names = (256, 256, 256), [name for name in FAMILIES if _runs(name, device)]
+    linear = functools.partial(_linear, names=names)
+    return [
+        _plan(operators.quantize, "quantize", size[:2], 1, device, effort=SMOKE),
+        _plan(operators.product, "gemm", size, 1, device, effort=SMOKE),
+        _plan(linear, "linear fwd+bwd", size, 2, device, effort=SMOKE),
+        _plan(_conversion, "convert", (4, 128, 128), 1, device, effort=SMOKE),
+    ]
+
+
+def _runs(recipe: str, device: torch.device) -> bool:
+    """Whether the device computes the recipe: float8 on a GPU needs one that has it, the CPU backend has everything."""
+    return recipe != "fp8" or device.type == "cpu" or has_fp8(device)
+
+
+def _linear(m: int, n: int, k: int, device: torch.device, sets: int = 2, names: Sequence[str] | None = None):
+    return layers.linear(m, n, k, device, sets, dtype=operators.work_dtype(device), names=names)
+
+
+def _conversion(count: int, n: int, k: int, device: torch.device, sets: int = 1):
+    return operators.conversion(n, device)
+
+
+def _on_cpu(suite: str, device: torch.device, quick: bool) -> list[Plan]:
+    """Small shapes of the CPU backend, which is made to be exact and readable, not fast."""
+    if suite == "kernels":
+        return [
+            _plan(operators.product, "gemm", (512, 512, 512), 2, device),
+            _plan(operators.quantize, "quantize", (512, 1024), 3, device),
+        ]
+    if suite == "layers":
+        shape = (512, 512, 512)
+        return [
+            _plan(functools.partial(_linear, names=FAMILIES), "linear fwd+bwd", shape, 5, device),
+            _entries("repeats", shape, 2, device, _repeats_of_layers, "linear fwd+bwd"),
+        ]
+    return _steps(suite, device, ((1024, 1024),), ((128, 256, 3),), ((8, 32, 128, 2),))
+
+
+def _on_gpu(suite: str, device: torch.device, quick: bool) -> list[Plan]:
+    def gemm(shape: Sequence[int], needs_s: float) -> Plan:
+        return _plan(products.gemm, "gemm", shape, needs_s, device)
+
+    def linear(shape: Sequence[int], needs_s: float) -> Plan:
+        return _plan(layers.linear, "linear fwd+bwd", shape, needs_s, device)
+
+    def quantize(shape: Sequence[int], needs_s: float) -> Plan:
+        return _plan(cases.quantize, "quantize", shape, needs_s, device)
+
+    if suite == "kernels":
+        repeats = [_entries("repeats", shape, 6, device, _repeats_of_products, "gemm") for shape in (SPLIT, STEP)]
+        if quick:
+            return [gemm(SMALL, 15), quantize(SMALL[:2], 10), *repeats]
+        return [gemm(LARGE, 15), quantize(LARGE[:2], 15), *repeats, gemm(SMALL, 10), gemm(SPLIT, 10), gemm(W13, 12),
+                gemm(W2, 12), quantize(SMALL[:2], 8), quantize((32768, 1024), 8)]  # fmt: skip
+    if suite == "layers":
+        entries = [_entries("memory", STEP, 5, device, _memory),
+                   _entries("repeats", STEP, 6, device, _repeats_of_layers, "linear fwd+bwd")]  # fmt: skip
+        if quick:
+            return [linear(SMALL, 15), *entries]
+        return [linear(LARGE, 20), *entries, linear(W13, 20), linear(W2, 15), linear(SMALL, 10), linear(VIT, 15),
+                _entries("launches", STEP, 8, device, _launches)]  # fmt: skip
+    if quick:
+        return _steps(suite, device, ((4096, 4096),), ((4096, 2048, 4),), ())
+    return _steps(suite, device, ((4096, 4096), (14336, 4096)), ((8192, 4096, 4),), ((16, 512, 1024, 4),))
+
+
+def _steps(suite: str, device: torch.device, weights: Sequence, mlps: Sequence, encoders: Sequence) -> list[Plan]:
+    """Of the suites optim and train."""
+    if suite == "optim":
+        made = [(optim.step, "optimizer step", shape, (optim.LAYERS, *shape)) for shape in weights]
+    else:
+        made = [(train.mlp, "train mlp", shape, shape) for shape in mlps]
+        made += [(train.encoder, "train encoder", shape, shape) for shape in encoders]
+    return [Plan(name, "x".join(map(str, title)), 15 if device.type == "cuda" else 4,
+                 functools.partial(_single, build, shape, device)) for build, name, shape, title in made]  # fmt: skip
+
+
+def _single(build: Callable[..., Any], shape: Sequence[int], device: torch.device, sets: int = 1):
+    """A case that changes its own state, and so has one set of inputs."""
+    return build(*shape, device)
+
+
+# ---- what is counted beside the cases
+
+
+def _memory(shape: tuple[int, int, int], device: torch.device, timer: Timer, refused: Mapping[str, str]):
+    from .cuda import memory
+
+    return layers.memory(*shape, device, memory, refused)
+
+
+def _repeats_of_products(shape: tuple[int, int, int], device: torch.device, timer: Timer, refused: Mapping[str, str]):
+    return repeat(products.gemm(*shape, device, sets=1), timer, refused)
+
+
+def _repeats_of_layers(shape: tuple[int, int, int], device: torch.device, timer: Timer, refused: Mapping[str, str]):
+    names = None if device.type == "cuda" else FAMILIES
+    return repeat(_linear(*shape, device, sets=1, names=names), timer, refused)
+
+
+def _launches(shape: tuple[int, int, int], device: torch.device, timer: Timer, refused: Mapping[str, str]):
+    from .cuda import launches
+
+    return layer_launches(launches, device, shape, refused)
+
+
+def layer_launches(count: Callable[[Callable[[], object]], dict[str, Any]], device: torch.device,
+                   shape: tuple[int, int, int], refused: Mapping[str, str] = {}) -> list[dict[str, Any]]:  # fmt: skip
+    """The launches of one forward and backward of nn.Linear and of ours; counts do not vary from run to run."""
+    case = layers.linear(*shape, device, sets=1)
+    found = []
+    for candidate in (c for c in case.candidates if c.name not in refused and (c.ours or c.name == case.baseline)):
+        for _ in range(3):
+            candidate.run(0)
+        found.append({"name": candidate.name, "shape": case.shape, **count(lambda run=candidate.run: run(0))})
+    return found
