@@ -152,7 +152,10 @@ def _device() -> torch.device:
 def _tuned() -> dict[str, Any]:
     """The tuned entries of the device, the file or the folder of the store, and what reading it met."""
     device = _device()
-    place = store.path(store.Machine.of(device)) if device.type == "cuda" else store.directory()
+    try:
+        place = store.path(store.Machine.of(device)) if device.type == "cuda" else store.directory()
+    except store.NoPlace as e:
+        place = e
     return {"entries": len(tuning.table(device)), "store": str(place), "counts": tuning.counts()}
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import safefile, tuned
+from .cli import UsageError
 from .safefile import Absent, Unusable
 from .tuned import Entry, Key, Refused, Table
 
@@ -81,11 +82,22 @@ def driver() -> str:
     return done.stdout.split("\n")[0].strip()
 
 
+class NoPlace(Unusable, UsageError):
+    """There is no folder for tables."""
+
+
 def directory() -> Path:
-    """The folder of the tables: FQT_CACHE_DIR, else the platform's cache directory of this user."""
+    """The folder of the tables: FQT_CACHE_DIR, else the platform's cache directory of this user.
+
+    Raises:
+        NoPlace: nothing says where that is.
+    """
     if place := os.environ.get("FQT_CACHE_DIR"):
         return Path(place).expanduser()
-    import platformdirs
+    try:
+        import platformdirs
+    except ImportError:
+        raise NoPlace("platformdirs is not installed, which finds the cache directory: set FQT_CACHE_DIR") from None
 
     return Path(platformdirs.user_cache_dir("fqt", appauthor=False))
 
@@ -123,13 +135,13 @@ def sources() -> dict[str, str]:
 
 def load(machine: Machine, *, file: Path | None = None) -> Table:
     """The entries of this very machine and of the present kernels, from its own file or from `file`. Never raises."""
-    file = path(machine) if file is None else Path(file)
     try:
+        file = path(machine) if file is None else Path(file)
         content = _read(file)
         if content.machine != machine:
             raise Unusable("of another machine")
     except Unusable as e:
-        _missed(file, e)
+        _missed(file or "of this GPU", e)
         return tuned.EMPTY
     _counts["hit"] += 1
     valid = _valid(content.entries, str(file))
@@ -155,8 +167,9 @@ def save(machine: Machine, entries: Iterable[Entry], *, file: Path | None = None
     entries = list(entries)
     if refused := tuned.from_json([tuned.to_json(entry) for entry in entries])[1]:
         raise ValueError(f"entries that no table may hold: {_listed(refused)}")
-    target = path(machine) if file is None else Path(file)
+    target = file
     try:
+        target = path(machine) if file is None else Path(file)
         _save(machine, entries, target, own=file is None)
     except OSError as e:  # filelock.Timeout is one
         reason = "another process holds its lock" if isinstance(e, TimeoutError) else e.strerror or str(e)
@@ -287,7 +300,7 @@ def _refused(name: str, refused: dict[str, int]) -> None:
         warn_once(f"refused: {why}", f"{name}: {n} tuned {'entry' if n == 1 else 'entries'} refused: {why}")
 
 
-def _missed(file: Path, miss: Unusable) -> None:
+def _missed(file: Path | str, miss: Unusable) -> None:
     _counts[f"miss: {miss}"] += 1
     if not isinstance(miss, Absent):
         warn_once(f"miss: {miss}", f"the tuned table {file} is not used: {miss}")
@@ -339,6 +352,9 @@ def _text(machine: Machine, entries: dict[tuple[str, Key], Entry]) -> str:
     return head + ",\n".join(reversed(lines)) + "\n]}\n"
 
 
-def _unsaved(file: Path, reason: str) -> None:
+def _unsaved(file: Path | None, reason: str) -> None:
     _counts[f"not saved: {reason}"] += 1
-    warn_once(f"not saved: {reason}", f"tuned entries are not saved to {file}: {reason}; they hold in this process")
+    warn_once(
+        f"not saved: {reason}",
+        f"tuned entries are not saved{f' to {file}' * bool(file)}: {reason}; they hold in this process",
+    )

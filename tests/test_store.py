@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from fqt import safefile, store, tuned
+from fqt.cli import UsageError
 from fqt.store import Machine, load, save
 from fqt.tuned import EMPTY, Entry, Key, Timing, bucket, to_json
 
@@ -90,6 +91,13 @@ def test_the_place_is_the_platform_s_cache_unless_the_environment_names_another(
     assert store.path(H100).name.startswith("nvidia-h100-80gb-hbm3-sm90-")
     monkeypatch.setitem(__import__("sys").modules, "platformdirs", None)  # importing it would raise
     assert store.directory() == tmp_path / "cache"
+    monkeypatch.delenv("FQT_CACHE_DIR")
+    with pytest.raises(UsageError, match="set FQT_CACHE_DIR"):
+        store.directory()
+    for warned in (2, 0):  # an operator that asks for its table goes on without
+        (table, written), texts = said(lambda: (load(H100), save(H100, [entry()])))
+        assert table is EMPTY and not written
+        assert len(texts) == warned and all("platformdirs is not installed" in text for text in texts)
     monkeypatch.undo()
     monkeypatch.delenv("FQT_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))

@@ -155,7 +155,10 @@ def verdicts(machine: Machine | None) -> list[Verdict]:
     return found
 
 
-NOTHING: dict[str, Any] = {"cases": [], "memory": [], "repeats": [], "launches": [], "skipped": [], "counters": {}}
+NOTHING: dict[str, Any] = {
+    "environment": {"device": "cpu"}, "cases": [], "memory": [], "repeats": [], "launches": [], "skipped": [],
+    "counters": {},
+}  # fmt: skip
 
 
 class Trend(NamedTuple):
