@@ -1,24 +1,29 @@
 """Compile the launches for an architecture without a GPU and print what the compiler made of them, in JSON lines.
 
-    python -m fqt_bench.codegen.worker ARCH
+    python -m fqt_bench.codegen.worker ARCH [--counters] [--launches NAME ...] [--only PATTERN]
+
+By default the figures of the committed table; with --counters what `fqt_bench.counters` compares, of every kernel.
 
 A process of its own, because `TRITON_INTERPRET=1` in the environment of the other tests turns kernels into Python.
 Triton itself specializes the arguments, as in a real launch: only its driver is replaced, by one that names the target.
 """
 
+import argparse
 import importlib
 import json
 import pkgutil
 import re
 import subprocess
-import sys
 import tempfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
 from unittest import mock
 
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.compiler.errors import CompilationError
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -36,6 +41,13 @@ FUSED = re.compile(r"\bfma\.|\b(?:add|sub|mul)\.(?:ftz\.)?f32\b")  # the latter 
 LABEL = re.compile(r"^\s*([.$]?\.?L\w+):")
 BRANCH = re.compile(r"\b(?:bra|BRA|s_c?branch)[\w.]*\s.*?([.$]\.?L\w+)")
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s|^\t[a-z]\w+")  # of disassembled NVIDIA code; of AMD assembly
+NO_OPERATION = re.compile(r"\bNOP\b|^\ts_nop\b")  # padding to a multiple of 128 bytes; waits
+SASS_ACCESS = re.compile(r"\b(LDG|STG|LDGSTS)\.([\w.]+)")
+SASS_NARROW = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}  # of what is not 4 bytes wide
+SASS_TMA = re.compile(r"\bUTMA(LD|ST)G\b")
+ATOMIC = re.compile(r"\b(?:ATOM|RED)G?\.|\b(?:global|buffer|flat)_atomic_")
+# What is raised where a tree's launchers do not know a launch, before the compiler has anything to refuse.
+UNKNOWN = (AttributeError, ImportError, LookupError, NameError, TypeError, ValueError)
 
 
 class Offline:
@@ -58,13 +70,16 @@ def target_of(arch: str) -> GPUTarget:
     return GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
 
 
-def compiled(launch: Callable[[], object], target: GPUTarget) -> list[tuple[str, object]]:
-    """(kernel's name, compiled kernel) of each kernel that the launch would start on the target."""
+def compiled(
+    launch: Callable[[], object], target: GPUTarget, wanted: Callable[[str], bool] = lambda kernel: True
+) -> list[tuple[str, object]]:
+    """(kernel's name, compiled kernel) of each kernel that the launch would start on the target, of those wanted."""
     seen = []
     run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
-        seen.append((self.fn.__name__, run(self, *args, grid=grid, warmup=True, **kwargs)))
+        if wanted(self.fn.__name__):
+            seen.append((self.fn.__name__, run(self, *args, grid=grid, warmup=True, **kwargs)))
 
     driver.set_active(Offline(target))
     with mock.patch.object(JITFunction, "run", compile_only):
@@ -170,8 +185,35 @@ def kernels_of_the_package() -> list[str]:
     )
 
 
-def main(arch: str) -> None:
-    print(json.dumps({"triton": triton.__version__, "kernels": kernels_of_the_package()}))
+def counters(kernel) -> dict[str, int]:
+    """What a compiled kernel costs, counted in its machine code: none of it may grow unnoticed.
+
+    instructions: all of the kernel's but padding; loads, stores: those of global memory, in all and by their width in bytes
+    (a wide one that falls apart shows in both); atomics; tma_loads, tma_stores; registers and shared as the laws have them.
+    """
+    assembly = tool("nvdisasm", ["-c"], kernel.asm["cubin"]) if "cubin" in kernel.asm else kernel.asm["amdgcn"]
+    code = [line for line in assembly.splitlines() if INSTRUCTION.match(line) and not NO_OPERATION.search(line)]
+    text = "\n".join(code)
+    accesses = Counter()
+    for name, modifiers in SASS_ACCESS.findall(text):
+        width = next((SASS_NARROW[part] for part in modifiers.split(".") if part in SASS_NARROW), 4)
+        accesses["stores" if name == "STG" else "loads", width] += 1
+    for kind, size in AMD_ACCESS.findall(text):
+        accesses[f"{kind}s", AMD_BYTES[size]] += 1
+    tma = Counter(SASS_TMA.findall(text))
+    totals = {kind: sum(n for (k, _), n in accesses.items() if k == kind) for kind in ("loads", "stores")}
+    return {
+        "instructions": len(code),
+        **resources(kernel),
+        "shared": kernel.metadata.shared,
+        **totals,
+        **{f"{kind}_{width}": accesses[kind, width] for kind, width in sorted(accesses)},
+        **({"atomics": atomics} if (atomics := len(ATOMIC.findall(text))) else {}),
+        **({"tma_loads": tma["LD"], "tma_stores": tma["ST"]} if tma else {}),
+    }
+
+
+def print_figures(arch: str) -> None:
     seen = set()  # launches share kernels: the ranges of x do not depend on the rounding
     for name, launch in launches(arch):
         try:
@@ -185,5 +227,59 @@ def main(arch: str) -> None:
                 print(json.dumps({f"{arch} {kernel_name} {name}": figures(name, kernel)}), flush=True)
 
 
+def print_counters(arch: str, names: list[str] | None, pattern: str) -> None:
+    """The counters of each kernel of each launch, under a name of its own, so that trees are compared launch by launch.
+
+    A launch that fails has {"error": text} instead, or {"unknown": text} if it is the launcher that does not take it.
+    """
+    known: dict[str, dict[str, int]] = {}  # by hash: launches share kernels
+    for name, launch in _until_unknown(arch, names):
+        try:
+            kernels = compiled(
+                launch, target_of(arch), lambda kernel, name=name: fnmatchcase(f"{arch} {kernel} {name}", pattern)
+            )
+        except Exception as e:  # as above
+            kind = "unknown" if isinstance(e, UNKNOWN) and not isinstance(e, CompilationError) else "error"
+            print(json.dumps({f"{arch} ? {name}": {kind: f"{type(e).__name__}: {e}"[:500]}}), flush=True)
+            continue
+        repeated: Counter[str] = Counter()
+        for kernel_name, kernel in kernels:
+            if kernel.hash not in known:
+                known[kernel.hash] = counters(kernel)
+            repeated[kernel_name] += 1
+            number = f" #{repeated[kernel_name]}" if repeated[kernel_name] > 1 else ""
+            print(json.dumps({f"{arch} {kernel_name} {name}{number}": known[kernel.hash]}), flush=True)
+
+
+def _until_unknown(arch: str, names: list[str] | None) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The launches of these names, all if None; a line for each that the tree has no configuration or function for."""
+    missing = set(names or ())
+    reason = "no such launch"
+    try:
+        for name, launch in launches(arch):
+            if names is None or name in names:
+                missing.discard(name)
+                yield name, launch
+    except UNKNOWN as e:  # an older tree may lack what the list of launches is made of
+        reason = f"{type(e).__name__}: {e}"[:500]
+        missing = missing or {"all further launches"}
+    for name in sorted(missing):
+        print(json.dumps({f"{arch} ? {name}": {"unknown": reason}}), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("arch")
+    parser.add_argument("--counters", action="store_true")
+    parser.add_argument("--launches", nargs="+", metavar="NAME")
+    parser.add_argument("--only", default="*", metavar="PATTERN")
+    args = parser.parse_args()
+    print(json.dumps({"triton": triton.__version__, "kernels": kernels_of_the_package()}), flush=True)
+    if args.counters:
+        print_counters(args.arch, args.launches, args.only)
+    else:
+        print_figures(args.arch)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()
