@@ -73,6 +73,29 @@ def candidates(problem: Problem) -> tuple[Candidate, ...]:
     return tuple(dict.fromkeys([guess, *found]))
 
 
+def allows(problem: Problem, candidate: Candidate) -> bool:
+    """Whether the candidate may be launched for the problem: what an entry of a table is asked in each new problem.
+
+    Of a product on a GPU without a list of all `candidates`, and for any way to split K that leaves no processor waiting.
+    """
+    p, (kernel, config, split) = problem, candidate
+    if p.op != "scaled_mm" or p.device == "cpu" or p.force != "auto" or (p.deterministic and p.format != "int"):
+        return candidate in candidates(p)
+    if no_kernel(p) or p.triton is None or p.dtype == "float64":
+        return False
+    if kernel == "portable":
+        return config in _portable_configs(p) and 1 <= split <= _most_splits(p, config)
+    if split != 1:
+        return False
+    if kernel == "hopper":
+        return Candidate(kernel, config) in _hopper(p) and against_hopper(p) is None
+    from fqt_kernels import gemm_cublas
+
+    return (kernel, config, p.format) == ("cublas", (), "int") and (
+        gemm_cublas.reason_against(p.arch, p.m, p.n, p.k) is None
+    )
+
+
 def heuristic(problem: Problem) -> Candidate | None:
     """What is chosen where nothing was measured, None where only the reference computes the problem.
 
@@ -205,28 +228,36 @@ def _hopper(p: Problem) -> list[Candidate]:
 
 def _portable(p: Problem) -> list[Candidate]:
     """The portable kernel's configurations and ways to split K, the least `cost` first; of equals those of the table."""
-    from fqt_kernels import gemm
-
-    name = family(p) or {"int": "sm80", "e4m3": "sm89"}[p.format]
-    if p.format == "int" and p.k > gemm.MAX_INT32_TERMS:
-        return [Candidate("portable", gemm.FLUSH_CONFIG[name])]
-    table = (gemm.CONFIGS if p.format == "int" else gemm.FP8_CONFIGS)[name]
-    splittable = p.format == "int" and name != "amd"
-    found = [c for config in table if gemm.fits(config, p.n) for c in _splits(p, config, splittable)]
+    found = [candidate for config in _portable_configs(p) for candidate in _splits(p, config)]
     return sorted(found, key=lambda candidate: cost(p, candidate))
 
 
-def _splits(p: Problem, config: tuple[int, ...], splittable: bool) -> list[Candidate]:
-    """The configuration without a split, and with the cheapest one and the powers of two around it.
+def _portable_configs(p: Problem) -> list[tuple[int, ...]]:
+    from fqt_kernels import gemm
 
-    Sums are only split over free processors.
-    """
-    most = (
-        min(_MAX_SPLIT, p.processors // max(tiles(p, config), 1), _steps(p, config) // _MIN_SPLIT_STEPS)
-        if splittable
-        else 1
-    )
-    ways = [Candidate("portable", config, split) for split in range(1, max(most, 1) + 1)]
+    name = _table_of(p)
+    if p.format == "int" and p.k > gemm.MAX_INT32_TERMS:
+        return [gemm.FLUSH_CONFIG[name]]
+    table = (gemm.CONFIGS if p.format == "int" else gemm.FP8_CONFIGS)[name]
+    return [config for config in table if gemm.fits(config, p.n)]
+
+
+def _table_of(p: Problem) -> str:
+    return family(p) or {"int": "sm80", "e4m3": "sm89"}[p.format]
+
+
+def _most_splits(p: Problem, config: tuple[int, ...]) -> int:
+    """Programs that may share a sum: sums of integers, over free processors only, on NVIDIA."""
+    from fqt_kernels.gemm import MAX_INT32_TERMS
+
+    if p.format != "int" or p.k > MAX_INT32_TERMS or _table_of(p) == "amd":
+        return 1
+    return max(min(_MAX_SPLIT, p.processors // max(tiles(p, config), 1), _steps(p, config) // _MIN_SPLIT_STEPS), 1)
+
+
+def _splits(p: Problem, config: tuple[int, ...]) -> list[Candidate]:
+    """The configuration without a split, and with the cheapest one and the powers of two around it."""
+    ways = [Candidate("portable", config, split) for split in range(1, _most_splits(p, config) + 1)]
     best = min(ways, key=lambda candidate: cost(p, candidate)).split_k
     around = {1, best, *(2**i for i in range(1, 6) if best <= 2 ** (i + 1) and 2**i <= 2 * best)}
     return [candidate for candidate in ways if candidate.split_k in around]

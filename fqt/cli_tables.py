@@ -207,7 +207,7 @@ def _clear(args: argparse.Namespace) -> int:
 
     if args.all and args.file is not None:
         raise UsageError("--all and --file exclude each other")
-    files = _tables(args)
+    files = [file for file in _tables(args) if not args.all or _is_table(file)]
     if files and not args.all:
         files = [_only_table(args, "clear")]
     removed = []
@@ -217,13 +217,22 @@ def _clear(args: argparse.Namespace) -> int:
         if args.file is not None:
             _machine_of(file)  # nothing but a table is removed
         try:
-            file.unlink()
-            Path(f"{file}.lock").unlink(missing_ok=True)
+            with store.locked(file):  # whose file stays: who waits for it would be alone with the old one
+                file.unlink()
         except OSError as e:
             raise UsageError(f"{file}: {e.strerror or e}") from e
         removed.append(str(file))
     where = args.file or store.directory()
     return _say(args, {"removed": removed}, "\n".join(f"removed {file}" for file in removed) or f"no table in {where}")
+
+
+def _is_table(file: Path) -> bool:
+    """Whether a file of the cache directory, which may be any folder of the user's, is a table or a damaged one."""
+    from . import store
+
+    with contextlib.suppress(ValueError):
+        return bool(store.NAME.fullmatch(file.name) or store.machine_of(file))
+    return False
 
 
 def _say(args: argparse.Namespace, data: Any, text: str) -> int:

@@ -45,7 +45,11 @@ def add(commands: argparse._SubParsersAction) -> None:
     text = "time in all (default: 10); what is left is done by the next run"
     tune.add_argument("--budget", type=_minutes, default=10.0, metavar="MINUTES", help=text)
     tune.add_argument("--force", action="store_true", help="measure again what the table has")
-    tune.add_argument("--exhaustive", action="store_true", help="compare with the best of a large grid, never stored")
+    tune.add_argument(
+        "--exhaustive",
+        action="store_true",
+        help="measure again, beside a large grid of configurations, which is never stored",
+    )
     tune.add_argument("--dry-run", action="store_true", help="list the problems and their candidates; needs no GPU")
     tune.add_argument("--arch", metavar="NAME", help="of --dry-run: sm90, gfx942, … (default: this machine's GPU)")
     tune.add_argument("--processors", type=positive, metavar="N", help="of --dry-run: how many that GPU has")
@@ -93,23 +97,25 @@ def _require_gpu() -> None:
 def _run(args: argparse.Namespace) -> int:
     import torch
 
-    from . import tuner
+    from . import store, tuner
     from .collect import Target
 
     device = torch.device("cuda", torch.cuda.current_device())
     collected = _collect(args, Target.of(device))
     _print_notes(collected)
+    if not store.save(store.Machine.of(device), [], file=args.file):  # which says why
+        raise UsageError("nothing is measured: it could not be saved; --file FILE names another table")
     progress = _Progress()
     report = tuner.tune(
-        collected.problems, device, budget_s=60 * args.budget, file=args.file, force=args.force,
+        collected.problems, device, budget_s=60 * args.budget, file=args.file, force=args.force or args.exhaustive,
         exhaustive=args.exhaustive, on_progress=progress,
     )  # fmt: skip
     progress.clear()
-    if report.interrupted:
+    if report.interrupted and not args.json:
         print(summary(report), file=sys.stderr)
         return INTERRUPTED
     print(json.dumps(report.to_json(), indent=1, allow_nan=False) if args.json else summary(report))
-    return _status(report)
+    return INTERRUPTED if report.interrupted else _status(report)
 
 
 def _status(report) -> int:

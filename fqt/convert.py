@@ -221,7 +221,7 @@ def _expectation(layer: Linear, x: Tensor, m: int) -> list[str]:
         expected = _predict(m, layer, layer.recipe, x.device, choice)
     except cost.NotModelled as e:
         return [f"  expected: not predicted: {e}"]
-    source = "as tuned on this GPU" if expected.source == "tuned" else f"on {cost.ceilings(x.device)}"
+    source = "the tuned times of its operators" if expected.source == "tuned" else f"on {cost.ceilings(x.device)}"
     lines = [f"  expected, forward and backward, {source}"]
     for p in expected.products:
         lines.append(f"    {p.name:<11} bf16 {p.bf16_ms:8.4f} ms   {expected.codes} {p.ms:8.4f} ms")

@@ -145,13 +145,12 @@ def _measured(p: Problem, table: Table) -> Choice | None:
     """The best that the table knows and that may be launched for this problem."""
     if not len(table):
         return None
-    allowed = candidates.candidates(p)
     own = table.exact(p)
     known = [("tuned", own)] if own else []
     known += [("nearest", entry) for entry in table.nearest(p)]
     for source, entry in known:
         for timing in entry.ranking:
-            if Candidate(timing.kernel, timing.config, timing.split_k) in allowed:
+            if candidates.allows(p, Candidate(timing.kernel, timing.config, timing.split_k)):
                 reason = _timed(entry, timing, "" if source == "tuned" else " the nearest shape")
                 return Choice("triton", timing.config or None, reason, timing.kernel, timing.split_k, source=source)
     return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+import weakref
 from dataclasses import asdict
 from typing import Any
 
@@ -18,6 +19,9 @@ from .store import Machine
 from .tuned import Table
 
 MAX_BYTES = 4 * store.MAX_BYTES  # of a shipped table and a stored one
+
+# By process group: what this process published, (generation, name).
+_published: weakref.WeakKeyDictionary[Any, set[tuple[int, str]]] = weakref.WeakKeyDictionary()
 
 
 def agree(own: Table, machine: Machine, timeout_s: float, generation: int = 0) -> Table:
@@ -30,11 +34,11 @@ def agree(own: Table, machine: Machine, timeout_s: float, generation: int = 0) -
     try:
         values = _values(generation)
         if rank == 0:
-            _publish(values, "table", _message(own, machine))
+            _publish(values, generation, "table", _message(own, machine))
             used = own
         else:
             used = _of_rank_0(values, own, machine, timeout_s)
-        _publish(values, f"digest/{rank}", used.digest.encode())
+        _publish(values, generation, f"digest/{rank}", used.digest.encode())
     except RuntimeError as e:  # the store's: a connection, a kind of store that cannot do this
         _warn("store", f"cannot reach the process group's store and uses its own tuned table: {e}")
         return own
@@ -45,7 +49,7 @@ def digests(own: Table, timeout_s: float, generation: int = 0) -> dict[int, str 
     """The digest of every rank's table, None of those that published none within timeout_s; this rank's is `own`'s,
     unless it published one before."""
     values = _values(generation)
-    _publish(values, f"digest/{dist.get_rank()}", own.digest.encode())
+    _publish(values, generation, f"digest/{dist.get_rank()}", own.digest.encode())
     until = time.monotonic() + timeout_s
     found = {}
     for rank in range(dist.get_world_size()):
@@ -63,10 +67,13 @@ def _values(generation: int) -> Any:
     return dist.PrefixStore(f"fqt/tuned/{generation}", find())
 
 
-def _publish(values: Any, name: str, data: bytes) -> None:
-    """Once: a process with GPUs of several kinds speaks for the one it used first."""
-    if not values.check([name]):
+def _publish(values: Any, generation: int, name: str, data: bytes) -> None:
+    """Once in a process group: a process with GPUs of several kinds speaks for the one it used first. What an earlier
+    group left in the same store is replaced: who has read that already shows by its digest."""
+    said = _published.setdefault(dist.group.WORLD, set())
+    if (generation, name) not in said:
         values.set(name, data)
+        said.add((generation, name))
 
 
 def _wait(values: Any, name: str, timeout_s: float) -> bytes | None:

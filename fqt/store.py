@@ -30,6 +30,7 @@ SCHEMA = 1
 MAX_BYTES = 1 << 20
 MAX_ENTRIES = 1024
 LOCK_TIMEOUT_S = 20.0
+NAME = re.compile(r"[a-z0-9-]*-[0-9a-f]{12}\.json")  # of a machine's file
 SHIPPED = Path(__file__).with_name("tables")
 
 _QUANTIZE = ("quantize.py", "statistics.py", "_device.py")
@@ -171,8 +172,9 @@ def save(machine: Machine, entries: Iterable[Entry], *, file: Path | None = None
     try:
         target = path(machine) if file is None else Path(file)
         _save(machine, entries, target, own=file is None)
-    except OSError as e:  # filelock.Timeout is one
-        reason = "another process holds its lock" if isinstance(e, TimeoutError) else e.strerror or str(e)
+    except (OSError, NotImplementedError) as e:  # filelock.Timeout is one; the other: a file system without locks
+        held = isinstance(e, TimeoutError)
+        reason = "another process holds its lock" if held else getattr(e, "strerror", None) or str(e)
         _unsaved(target, reason)
         return False
     except Unusable as e:
@@ -309,13 +311,18 @@ def _missed(file: Path | str, miss: Unusable) -> None:
 # ---- writing
 
 
-def _save(machine: Machine, entries: list[Entry], file: Path, own: bool) -> None:
-    """Raises OSError, and `Unusable` where a file is in the way that is not this machine's table."""
+def locked(file: Path) -> contextlib.AbstractContextManager:
+    """Within, no other process writes the file. Raises OSError, TimeoutError where another holds the lock for long."""
     import filelock
 
+    return filelock.FileLock(f"{file}.lock").acquire(timeout=LOCK_TIMEOUT_S, poll_interval=0.01)
+
+
+def _save(machine: Machine, entries: list[Entry], file: Path, own: bool) -> None:
+    """Raises OSError, and `Unusable` where a file is in the way that is not this machine's table."""
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     safefile.check_folder(file.parent)
-    with filelock.FileLock(f"{file}.lock").acquire(timeout=LOCK_TIMEOUT_S, poll_interval=0.01):
+    with locked(file):
         safefile.clean(file)
         kept: dict[tuple[str, Key], Entry] = {}
         try:
@@ -356,5 +363,5 @@ def _unsaved(file: Path | None, reason: str) -> None:
     _counts[f"not saved: {reason}"] += 1
     warn_once(
         f"not saved: {reason}",
-        f"tuned entries are not saved{f' to {file}' * bool(file)}: {reason}; they hold in this process",
+        f"tuned entries are not saved{f' to {file}' * bool(file)}: {reason}",
     )

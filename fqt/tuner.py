@@ -188,11 +188,14 @@ def _current(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def tune_one(problem: Problem, device: torch.device) -> Entry | None:
+def tune_one(problem: Problem, device: torch.device) -> Entry:
     """Measure one problem here and now, in about a second: what `fqt.tuning.enable` does inside a step.
 
-    Nothing is compiled ahead, and no bf16 product is timed. None where no candidate is right, or there is none. What the
-    step forbids (`fqt.backend`, determinism, adding to an output) may compete: the entry is for other steps too.
+    Nothing is compiled ahead, and no bf16 product is timed. What the step forbids (`fqt.backend`, determinism, adding to
+    an output) may compete: the entry is for other steps too.
+
+    Raises:
+        RuntimeError: no candidate is right, or there is none; the message is the reason.
     """
     from fqt_bench.harness import Effort
 
@@ -200,7 +203,10 @@ def tune_one(problem: Problem, device: torch.device) -> Entry | None:
         problem = dataclasses.replace(problem, force="auto", deterministic=False, plain=True)
     with _current(device), torch.no_grad():
         effort = Effort(rounds=10, min_rounds=3, limit_s=0.2, warm_up_s=0.02)
-        return _Session(device, float("inf"), None, effort, False, sets=1, yardstick=False).measured(problem, 1).entry
+        result = _Session(device, float("inf"), None, effort, False, sets=1, yardstick=False).measured(problem, 1)
+    if result.entry is None:
+        raise RuntimeError(result.error)
+    return result.entry
 
 
 class _Session:

@@ -19,6 +19,8 @@ from .candidates import Candidate
 from .dispatch import Problem
 from .tuner_cases import build, describe, title
 
+MIN_STALL_S = 30.0  # a compilation takes some seconds, on busy cores many
+
 Job = tuple[Problem, tuple[Candidate, ...]]
 
 
@@ -49,7 +51,8 @@ def _run(jobs: Iterable[tuple[Problem, Sequence[Candidate]]], device: torch.devi
         def command(part: int, parts: int) -> list[str]:
             return [sys.executable, "-m", "fqt.tuner_ahead", str(file), str(device), str(part), str(parts)]
 
-        return ahead.run_ahead(command, ahead.parts(), limit_s)
+        # A short budget ends before the usual patience does, and a kernel that hangs would be met again when it is timed.
+        return ahead.run_ahead(command, ahead.parts(), limit_s, min(ahead.STALL_S, max(0.5 * limit_s, MIN_STALL_S)))
 
 
 def read(text: str) -> list[Job]:
@@ -81,14 +84,14 @@ def share(jobs: Iterable[Job], device: torch.device, part: int, parts: int) -> N
         if not mine:
             continue
         try:
-            case = build(problem, mine, device, sets=1, yardstick=False)
+            case = build(problem, mine, device, sets=1, yardstick=False, exact=False)
         except Exception as error:  # out of memory, say: several workers share it
             print(f"fqt.tuner_ahead: {describe(problem)}: {error}", file=sys.stderr)
             continue
         for candidate in case.candidates:
             key = (case.suite, case.shape, candidate.name)
             run_once(lambda run=candidate.run: run(0), key, torch.cuda.synchronize if on_gpu else lambda: None)
-        del case
+        del case, candidate  # and with them the inputs, before the next ones are made
         if on_gpu:
             torch.cuda.empty_cache()
 

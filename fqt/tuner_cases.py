@@ -74,15 +74,22 @@ def grid(problem: Problem) -> tuple[Candidate, ...]:
 
 
 def build(
-    problem: Problem, candidates: Iterable[Candidate], device: torch.device, sets: int = 2, yardstick: bool = True
+    problem: Problem,
+    candidates: Iterable[Candidate],
+    device: torch.device,
+    sets: int = 2,
+    yardstick: bool = True,
+    exact: bool = True,
 ):
     """The `fqt_bench.harness.Case` of a problem: the candidates by their titles and, of a product, torch.matmul in bf16.
 
-    sets: of inputs, each with values of its own. Nothing is launched before a candidate runs but what makes the inputs.
+    sets: of inputs, each with values of its own. exact: False for any codes at all, a byte each to make, where nothing is
+    checked or timed. Nothing is launched before a candidate runs but what makes the inputs.
     """
     from fqt_bench.harness import Case
 
-    make = _product if problem.op == "scaled_mm" else _quantization if problem.op == "quantize" else _gradient
+    product = functools.partial(_product, make=_codes if exact else _any_codes)
+    make = product if problem.op == "scaled_mm" else _quantization if problem.op == "quantize" else _gradient
     made = list(make(problem, tuple(candidates), device, sets))
     first = [_bf16(problem, made, device, sets)] if yardstick and problem.op == "scaled_mm" else []
     every = (*first, *(candidate for candidate, _ in made))
@@ -99,7 +106,9 @@ def _ours(candidate: Candidate, run: Callable[[int], Any], check: Callable[[Any,
 # ---- products
 
 
-def _product(problem: Problem, candidates: tuple[Candidate, ...], device: torch.device, sets: int) -> Iterator[tuple]:
+def _product(
+    problem: Problem, candidates: tuple[Candidate, ...], device: torch.device, sets: int, make: Callable[..., Operand]
+) -> Iterator[tuple]:
     """(harness candidate, what its outputs should be) of each candidate."""
     from fqt_bench.cases import BF16_BOUND
     from fqt_bench.harness import check_near, check_rounded
@@ -107,8 +116,8 @@ def _product(problem: Problem, candidates: tuple[Candidate, ...], device: torch.
     from fqt_kernels.gemm import MAX_INT32_TERMS
 
     m, n, k = problem.m, problem.n, problem.k
-    a = [_codes(m, k, problem.format, device, 2 * i) for i in range(sets)]
-    b = [_codes(n, k, problem.format, device, 2 * i + 1) for i in range(sets)]
+    a = [make(m, k, problem.format, device, 2 * i) for i in range(sets)]
+    b = [make(n, k, problem.format, device, 2 * i + 1) for i in range(sets)]
     expected = functools.cache(lambda i: reference.scaled_mm(a[i], b[i]))
 
     def check(out: Tensor, i: int) -> str:
@@ -156,6 +165,12 @@ def _codes(rows: int, k: int, format: str, device: torch.device, seed: int) -> O
         return quantize_exactly(x, ROW).rows()
     scale = x.float().abs().amax(1, keepdim=True) / 448.0
     return Operand((x.float() / scale).to(torch.float8_e4m3fn), scale.flatten(), None, None)
+
+
+def _any_codes(rows: int, k: int, format: str, device: torch.device, seed: int) -> Operand:
+    """Finite codes (rows, k) with scales of 1, without the memory that quantizing takes: processes share a GPU."""
+    q = torch.randint(0, 120, (rows, k), dtype=torch.int8, device=device)
+    return Operand(q if format == "int" else q.view(torch.float8_e4m3fn), torch.ones(rows, device=device), None, None)
 
 
 def _bf16(problem: Problem, made: list[tuple], device: torch.device, sets: int):

@@ -183,6 +183,20 @@ def test_a_rank_0_that_stays_silent_is_waited_for_no_longer_than_the_timeout(tmp
     assert "ranks [0] did not say within 0.1 s" in texts[1]
 
 
+def test_a_second_group_on_the_same_store_replaces_what_the_first_one_left():
+    """So that a rank that read the first group's table before differs by its digest."""
+    place = dist.HashStore()
+    for table in (RANK_0, OWN):
+        dist.init_process_group("gloo", store=place, rank=0, world_size=1)
+        try:
+            assert ranks.agree(table, H100, 1.0) is table
+            assert ranks._values(0).get("table") == ranks._message(table, H100)
+            ranks.agree(Table(), replace(H100, gpu="NVIDIA A100"), 1.0)  # of another GPU of the process, later
+            assert ranks.digests(Table(), 1.0) == {0: table.digest}
+        finally:
+            dist.destroy_process_group()
+
+
 def test_waiting_for_rank_0_leaves_the_store_to_the_other_threads(tmp_path):
     """Rank 1 waits for the table, rank 0 for a value that another thread of rank 1 then sets."""
 

@@ -65,6 +65,29 @@ def test_they_are_few_different_known_and_valid(gpu, format, force):
                 assert force == "auto" and format == "int" and split == 1 and against(gpu, *size) is None
 
 
+@pytest.mark.parametrize("force", ["auto", "triton"])
+@pytest.mark.parametrize("format", ["int", "e4m3"])
+@pytest.mark.parametrize("gpu", GPUS)
+def test_what_competes_is_allowed_and_of_the_rest_nothing_but_other_splits(gpu, format, force):
+    """Of all that the code knows. A split that is allowed leaves no processor waiting, and no program without its blocks."""
+    sizes = itertools.product((1, 17, 512, 4096), (15, 64, 4096), (100, 65536, 200_704), (False, True))
+    for m, n, k, deterministic in sizes:
+        p = product(m, n, k, gpu, format=format, force=force, deterministic=deterministic)
+        competing = candidates(p)
+        configs = (
+            (kernel, config) for kernel, found in module._configs("scaled_mm", format).items() for config in found
+        )
+        everything = {Candidate(*each, split) for each in configs for split in (1, 2, 5, 16)} | set(competing)
+        allowed = {candidate for candidate in everything if module.allows(p, candidate)}
+        assert allowed >= set(competing)
+        for kernel, config, split in allowed - set(competing):
+            assert kernel == "portable" and force == "auto" and (split > 1 or len(competing) == module.MAX_CANDIDATES)
+            if split == 1:
+                continue
+            assert format == "int" and not gpu.startswith("gfx") and k <= gemm.MAX_INT32_TERMS
+            assert module.tiles(p, config) * split <= p.processors and -(-k // config[2]) >= 8 * split
+
+
 def test_the_library_and_the_hopper_kernel_compete_where_they_can():
     def kernels(*size, **change):
         return {c.kernel for c in candidates(product(*size, **change))}

@@ -323,7 +323,7 @@ def test_clear_removes_one_table_and_says_so(gpu, capsys, cache):
         run(capsys, "tune", "clear", "--file", other, "--json")[1]
         == json.dumps({"removed": [str(other)]}, indent=1) + "\n"
     )
-    assert list(cache.glob("*.json*")) in ([], [store.path(H100).with_name(store.path(H100).name + ".lock")])
+    assert list(cache.glob("*.json")) == []
 
 
 def test_where_there_is_no_table_clear_says_so(capsys, cache):
@@ -334,7 +334,32 @@ def test_clear_all_removes_every_table_and_nothing_else(capsys, cache):
     saved(H100), saved(L4)
     (cache / "notes.txt").write_text("mine")
     assert run(capsys, "tune", "clear", "--all")[0] == 0
-    assert [p.name for p in cache.iterdir()] == ["notes.txt"]
+    assert {p.name for p in cache.iterdir() if p.suffix != ".lock"} == {"notes.txt"}
+
+
+def test_clear_all_leaves_other_json_files_of_the_folder_and_removes_damaged_tables(capsys, cache):
+    """FQT_CACHE_DIR may be any folder."""
+    (cache / "merged.json").write_bytes(saved(H100).read_bytes())
+    saved(L4).write_text("{")
+    (cache / "package.json").write_text("{}")
+    assert run(capsys, "tune", "clear", "--all")[0] == 0
+    assert [p.name for p in cache.glob("*.json")] == ["package.json"]
+
+
+def test_clear_waits_for_a_writer_and_leaves_its_lock(capsys, monkeypatch):
+    mine = saved(H100)
+    monkeypatch.setattr(store, "LOCK_TIMEOUT_S", 0.05)
+    with store.locked(mine):
+        status, _, err = run(capsys, "tune", "clear", "--file", mine)
+    assert status == 2 and one_line(err) and "lock" in err and mine.exists()
+    assert run(capsys, "tune", "clear", "--file", mine)[0] == 0 and not mine.exists()
+    assert mine.with_name(mine.name + ".lock").exists()
+
+
+def test_nothing_is_measured_that_could_not_be_saved(gpu, capsys, tmp_path):
+    other = saved(L4, file=tmp_path / "l4.json")
+    status, out, err = run(capsys, "tune", "--suite", "cubes", "--file", other)
+    assert (status, out, gpu.calls) == (2, "", []) and "of another machine" in err and "nothing is measured" in err
 
 
 def test_clear_removes_no_file_that_is_not_a_table(capsys, tmp_path):

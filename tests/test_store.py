@@ -380,6 +380,17 @@ def test_a_full_disk_leaves_the_old_file_and_no_litter(monkeypatch):
     assert entries_of(load(H100)) == {entry()} and not list(store.directory().glob("*.tmp"))
 
 
+def test_a_file_system_without_locks_is_said_once_and_never_raises(monkeypatch):
+    def locked(file):
+        raise NotImplementedError("FileSystem does not appear to support flock")  # as filelock 3.12 does
+
+    monkeypatch.setattr(store, "locked", locked)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert not store.save(H100, [entry()]) and not store.save(H100, [entry()])
+    assert len(caught) == 1 and "does not appear to support flock" in str(caught[0].message)
+
+
 def test_a_lock_that_is_never_released_is_given_up_on(monkeypatch):
     import filelock
 

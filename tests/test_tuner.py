@@ -258,4 +258,5 @@ def test_one_problem_is_measured_without_a_trial_a_yardstick_or_a_file(bench, mo
     entry = tuner.tune_one(SMALL, CPU)
     assert entry.ranking[0][:3] == D and entry.bf16_ns == 0 and bench.tried == [] and list(tmp_path.iterdir()) == []
     bench.faults = dict.fromkeys((A, B, C, D), "wrong")
-    assert tuner.tune_one(SMALL, CPU) is None
+    with pytest.raises(RuntimeError, match=r"no candidate is right: .* wrong: 3 of 4 elements differ"):
+        tuner.tune_one(SMALL, CPU)

@@ -1,6 +1,7 @@
 """Compiling ahead: every candidate once, over several processes, and crashes named."""
 
 import sys
+import weakref
 from collections import Counter
 
 import pytest
@@ -42,13 +43,27 @@ def test_a_problem_that_cannot_be_built_leaves_the_process_the_others(monkeypatc
     assert [problem for problem, _ in bench.log] == [describe(LARGE)] and "no memory" in capsys.readouterr().err
 
 
+def test_the_inputs_of_a_problem_are_gone_before_the_next_ones_are_made(monkeypatch):
+    bench, alive = Bench(), weakref.WeakSet()
+
+    def build(*arguments, **more):
+        assert len(alive) == 0
+        case = bench.build(*arguments, **more)
+        alive.update(candidate.run for candidate in case.candidates)
+        return case
+
+    monkeypatch.setattr(tuner_ahead, "build", build)
+    tuner_ahead.share([(SMALL, (A, B)), (LARGE, (A, B))], CPU, 0, 1)
+    assert len(bench.log) == 4
+
+
 def test_crashes_are_named_and_what_a_dead_process_left_is_tried_again(monkeypatch):
     split, ran = Candidate("portable", B.config, 4), []
 
-    def run_ahead(command, parts, limit_s):
+    def run_ahead(command, parts, limit_s, stall_s):
         program, _, module, file, device, part, of = command(1, 4)
         assert (program, module, device, part, of) == (sys.executable, "fqt.tuner_ahead", "cuda:1", "1", "4")
-        assert 0 < limit_s <= 70
+        assert 0 < limit_s <= 70 and 30 <= stall_s <= 35  # a kernel that hangs is found before the budget ends
         with open(file, encoding="utf-8") as jobs:
             ran.append(tuner_ahead.read(jobs.read()))
         return {} if len(ran) == 3 else {("scaled_mm", describe(SMALL), title((A, split)[len(ran) - 1])): "did not end"}

@@ -50,7 +50,7 @@ class Bench:
 
     # ---- cases and trial runs
 
-    def build(self, problem, competing, device, sets=2, yardstick=True):
+    def build(self, problem, competing, device, sets=2, yardstick=True, exact=True):
         if problem in self.bad:
             raise self.bad[problem]
         made = [self._candidate(problem, candidate) for candidate in competing]
