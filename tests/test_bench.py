@@ -211,6 +211,14 @@ def test_what_is_not_installed_is_said_and_is_no_error():
     assert got["status"] == "skip" and got["remark"].startswith("not installed: ") and "no_such_module" in got["remark"]
 
 
+def test_what_the_device_has_no_memory_for_is_skipped():
+    def run(i):
+        raise torch.OutOfMemoryError("out of memory. Tried to allocate 4.00 GiB")
+
+    got = _measure(candidate("base"), candidate("large", run=run))["large"]
+    assert got["status"] == "skip" and got["remark"].startswith("does not fit: out of memory")
+
+
 def test_what_cannot_run_here_is_said_and_never_run():
     ran = []
     got = _measure(candidate("base"), candidate("peer", run=ran.append, provider="torch", missing="needs a GPU"))[

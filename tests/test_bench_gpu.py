@@ -162,6 +162,19 @@ def test_the_trial_run_holds_nothing_against_a_candidate_that_its_limit_cuts_off
     assert time.monotonic() - began < 20
 
 
+def test_an_interrupt_ends_the_workers_too(monkeypatch):
+    started, start = [], ahead._start
+    monkeypatch.setattr(ahead, "_start", lambda *args: started.append(start(*args)) or started[-1])
+
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ahead.time, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        ahead.run_ahead(_worker(["time.sleep(60)"] * 2), 2, limit_s=30.0)
+    assert [worker.process.poll() for worker in started] == [-9, -9]
+
+
 def test_a_worker_says_what_it_begins_and_ends_and_dies_of_a_broken_context(capsys):
     def broken():
         raise RuntimeError("an illegal memory access")

@@ -12,8 +12,10 @@ import bench_fabricated as fake
 import pytest
 
 from fqt.cli import UsageError
-from fqt_bench import facts, page, plots, reading, sections
+from fqt_bench import facts, page, reading, sections
 from fqt_bench.targets import TARGETS
+
+plots = pytest.importorskip("fqt_bench.plots")  # needs matplotlib: a machine with a GPU may have none
 
 STATUSES = ("ok", "skip", "wrong", "error")
 SCHEMA = json.loads(reading.SCHEMA.read_text())
@@ -322,6 +324,17 @@ def test_a_folder_that_cannot_be_written_is_a_mistake(tmp_path):
     fake.written(tmp_path, fake.GOOD)
     with pytest.raises(UsageError, match=r"--out .*0\.json"):
         fake.report(tmp_path, "--out", tmp_path / "0.json")
+
+
+def test_what_is_something_else_in_a_folder_is_passed_over_and_named_it_is_refused(tmp_path, capsys):
+    """Tuned tables and comparisons lie beside results."""
+    fake.written(tmp_path, fake.GOOD)
+    for name, other in (("tuned.json", {"schema": 1, "entries": []}), ("compare.json", {"regressions": []})):
+        (tmp_path / name).write_text(json.dumps(other))
+        assert fake.report(tmp_path, "--out", tmp_path / "out") == 0
+        assert f"{name}: not a result of fqt bench" in capsys.readouterr().err
+        assert name not in (tmp_path / "out" / "report.md").read_text()
+        assert fake.report(tmp_path, tmp_path / name, "--out", tmp_path / "out") == 1
 
 
 def test_json_has_the_targets_and_the_problems(tmp_path, capsys):

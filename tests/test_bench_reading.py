@@ -5,10 +5,12 @@ import math
 import random
 
 import bench_fabricated as fake
-import jsonschema
 import pytest
 
 from fqt_bench import reading
+
+jsonschema = pytest.importorskip("jsonschema")  # a machine with a GPU may have neither
+pytest.importorskip("matplotlib")
 
 SCHEMA = json.loads(reading.SCHEMA.read_text())
 
@@ -82,7 +84,7 @@ REFUSED = {
 def test_a_file_that_is_no_result_is_named_with_the_reason_and_the_rest_is_reported(content, reason, tmp_path, capsys):
     folder = fake.written(tmp_path, fake.GOOD)
     (folder / "bad.json").write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert fake.report(folder, "--out", tmp_path / "out") == 1
+    assert fake.report(folder, folder / "bad.json", "--out", tmp_path / "out") == 1
     said = capsys.readouterr().err
     assert str(folder / "bad.json") in said and reason in said
     text = (tmp_path / "out" / "report.md").read_text()

@@ -290,6 +290,10 @@ def test_a_case_that_is_not_there_and_a_folder_that_is_none_are_mistakes(tmp_pat
     (tmp_path / "file").write_text("")
     assert _bench("--device", "cpu", "--out", str(tmp_path / "file" / "below")) == 2
     assert "file is not a folder" in capsys.readouterr().err
+    for place in (tmp_path, tmp_path / "file" / "b.json"):
+        assert _bench("--device", "cpu", "--out", str(tmp_path / "out"), "--benchmark-json", str(place)) == 2
+        assert "--benchmark-json" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_samples_are_what_pytest_benchmark_compares(tmp_path, monkeypatch, capsys):

@@ -133,6 +133,31 @@ def test_the_status_is_1_where_a_counter_grew_and_stdout_names_it(repo, counted,
     assert main(run) == 0
 
 
+def test_where_neither_tree_could_be_counted_or_timed_the_status_is_2(repo, capsys):
+    run = ["bench", "compare", "old", str(repo), "--repo", str(repo), "--counters-only"]
+    failed = {"sm_90 ?": "ImportError: no triton"}
+    for side in ({"failed": failed}, {"unknown": failed}):
+        both = iter([Counters({}, **side)] * 2)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(counters, "measure", lambda *_, both=both: next(both))
+            assert main(run) == 2
+        assert "nothing could be compared: no counter" in capsys.readouterr().err
+    neither = Timing("scaled_mm", "failed", Duel("scaled_mm", [], [], {}, {"base": "boom", "head": "boom"}))
+    result = compare.Comparison(Tree("a", (), "1"), Tree("b", (), "2"), "now", {}, None, [neither])
+    assert (result.blind, result.regressions) == (["timing"], [])
+
+
+def test_a_folder_that_cannot_be_written_is_a_mistake_before_anything_is_counted(repo, tmp_path, monkeypatch):
+    monkeypatch.setattr(counters, "measure", lambda *_: pytest.fail("counted"))
+    (tmp_path / "file").write_text("")
+    for place in ("file", "file/below"):
+        out = ["--out", str(tmp_path / place), "--counters-only"]
+        assert main(["bench", "compare", "old", "old", "--repo", str(repo), *out]) == 2
+    monkeypatch.delenv("FQT_CACHE_DIR", raising=False)
+    monkeypatch.setitem(sys.modules, "platformdirs", None)
+    assert main(["bench", "compare", "old", "old", "--repo", str(repo)]) == 2, "nowhere to keep the noise"
+
+
 @pytest.mark.parametrize(
     "more", [["--tolerance", "speed=3"], ["--tolerance", "registers=-1"], ["--tolerance", "registers"],
              ["--timings-only", "--only", "no such case"], ["--counters-only", "--timings-only"], ["--rounds", "0"]],
@@ -216,3 +241,17 @@ def test_identical_code_is_timed_by_turns_and_a_case_that_a_tree_lacks_is_said(t
     assert min(fought.base + fought.head) > 0
     assert set(missing.unknown) == {"base", "head"}
     assert missing.base == []
+
+
+def test_a_bug_of_head_is_a_failure_whatever_it_raises_and_no_tuned_table_is_read(slowed):
+    """An exception from within the library is not taken for an operator that the tree does not have yet."""
+    edited = Path(slowed("gemm.py", "import triton\n", "import triton  # another kernel\n"))
+    path = edited / "fqt" / "ops.py"
+    path.write_text(path.read_text() + "\n\ndef scaled_mm(*args, **options):\n    raise ValueError('a bug')\n")
+    with Arena() as arena:
+        (fought,) = duels(arena, Tree.at(ROOT), Tree.at(edited), ["scaled_mm"], rounds=1)
+        variables = Path(f"/proc/{arena.process.pid}/environ").read_bytes().split(b"\0")
+    assert fought.failed == {"head": "ValueError: a bug"}
+    assert fought.unknown == {}
+    assert f"FQT_CACHE_DIR={arena.cache.name}".encode() in variables
+    assert not Path(arena.cache.name).exists()

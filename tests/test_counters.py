@@ -124,6 +124,20 @@ def test_an_interpreter_that_lacks_a_watched_function_or_has_an_unknown_one_is_r
         pass
 
 
+def test_a_recipe_that_is_not_there_is_unknown_and_a_layer_that_raises_is_not(monkeypatch):
+    import fqt.nn
+
+    with pytest.raises(steps.Unknown, match="no such recipe"):
+        steps.count("no such recipe")
+
+    def bug(*args):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(fqt.nn.Linear, "forward", bug)
+    with pytest.raises(ValueError, match="a bug"):
+        steps.count("int8")
+
+
 def test_memory_and_operators_of_a_step_are_those_of_its_tensors():
     x = torch.ones(256)
     step = Step()

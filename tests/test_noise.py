@@ -123,6 +123,18 @@ def test_a_case_that_head_breaks_is_a_regression_and_one_that_either_does_not_kn
     assert timings[CASES[1]].status == "failed"
 
 
+def test_what_fails_but_once_on_the_base_is_no_crash_and_no_regression(store):
+    """While the noise is measured, or while a suspect is measured again."""
+    fine, slow = Duel("scaled_mm", [1000], [1000], {}, {}), Duel("scaled_mm", [1000], [2000], {}, {})
+    broken = Duel("scaled_mm", [], [], {}, {"base": "no answer"})
+    answers = iter([broken, slow])
+    (unjudged,) = judge(A, B, ["scaled_mm"], store, lambda *_: [next(answers)])
+    assert (unjudged.status, unjudged.regression) == ("unknown", False)
+    answers = iter([*[fine] * ENOUGH, slow, broken])
+    (again,) = judge(A, B, ["scaled_mm"], store, lambda *_: [next(answers)])
+    assert (again.status, again.regression) == ("failed", False)
+
+
 def test_a_ratio_is_what_all_rounds_agree_about():
     def ratio(base, head):
         return math.exp(Duel("", base, head, {}, {}).log_ratio)

@@ -51,20 +51,22 @@ def run_ahead(
     with tempfile.TemporaryDirectory() as folder:
         workers = [_start(command(i, parts), Path(folder) / f"{i}.jsonl") for i in range(parts)]
         end = time.monotonic() + limit_s
-        while workers and time.monotonic() < end:
-            for worker in list(workers):
-                key, code = worker.pending(), worker.process.poll()
-                if code is not None:
-                    workers.remove(worker)
-                    if key is not None:
-                        refused[key] = f"its process ended with status {code} in the trial run"
-                elif key is not None and time.time() - worker.log.stat().st_mtime > stall_s:
-                    _end(worker.process)
-                    workers.remove(worker)
-                    refused[key] = f"did not end within {stall_s:.0f} s in the trial run"
-            time.sleep(0.1)
-        for worker in workers:
-            _end(worker.process)
+        try:
+            while workers and time.monotonic() < end:
+                for worker in list(workers):
+                    key, code = worker.pending(), worker.process.poll()
+                    if code is not None:
+                        workers.remove(worker)
+                        if key is not None:
+                            refused[key] = f"its process ended with status {code} in the trial run"
+                    elif key is not None and time.time() - worker.log.stat().st_mtime > stall_s:
+                        _end(worker.process)
+                        workers.remove(worker)
+                        refused[key] = f"did not end within {stall_s:.0f} s in the trial run"
+                time.sleep(0.1)
+        finally:  # an interrupt too: none may go on, on the device
+            for worker in workers:
+                _end(worker.process)
     return refused
 
 

@@ -53,15 +53,22 @@ def _positive(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0: no regression. 1: at least one, named on stdout.
+    """0: no regression. 1: at least one, named on stdout. 2: nothing could be counted, or timed, that was to be.
 
     Raises:
         fqt.cli.UsageError: an unknown revision or folder, a wrong tolerance, nothing that matches --only.
     """
+    from fqt.cli import MISTAKE
+
     from . import summary
+    from .noise import default_path
     from .trees import materialize
 
     tolerance = _tolerance(args.tolerance or [])
+    if args.out:
+        _make(Path(args.out))
+    if not args.noise and not args.counters_only:
+        default_path()  # raises before anything is counted
     with tempfile.TemporaryDirectory(prefix="fqt-bench-") as folder:
         base, head = (
             materialize(spec, Path(args.repo), Path(folder) / side)
@@ -71,11 +78,23 @@ def run(args: argparse.Namespace) -> int:
     document = summary.document(result)
     if args.out:
         path = Path(args.out) / "compare.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         print(f"written: {path}", file=sys.stderr)
     print(json.dumps(document, indent=1, allow_nan=False) if args.json else summary.markdown(result))
+    if not result.regressions and result.blind:
+        print(f"fqt bench compare: nothing could be compared: no {' and no '.join(result.blind)}", file=sys.stderr)
+        return MISTAKE
     return 1 if result.regressions else 0
+
+
+def _make(folder: Path) -> None:
+    from fqt.cli import UsageError
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as e:
+        raise UsageError(f"--out {folder}: {e.strerror or e}") from e
 
 
 @dataclass(frozen=True)
@@ -96,6 +115,15 @@ class Comparison:
             return {}
         before, after, _ = self.counters
         return {name: reason for name, reason in after.failed.items() if name not in before.failed}
+
+    @property
+    def blind(self) -> list[str]:
+        """What was to be compared, "counter" or "timing", and is known of neither tree."""
+        before, after = self.counters[:2] if self.counters else (None, None)
+        tried = self.counters and any((before.unknown, before.failed, after.unknown, after.failed))
+        uncounted = tried and not before.entries and not after.entries
+        untimed = self.timings and not any(t.first.timed for t in self.timings)
+        return ["counter"] * bool(uncounted) + ["timing"] * bool(untimed)
 
     @property
     def regressions(self) -> list[str]:

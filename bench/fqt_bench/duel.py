@@ -60,10 +60,13 @@ class Arena:
 
     def __init__(self) -> None:
         self.log = tempfile.TemporaryFile("w+")
+        # Empty: a tuned table holds for one version of a kernel, and would speed up the tree that it was tuned with alone.
+        self.cache = tempfile.TemporaryDirectory(prefix="fqt-bench-")
         self.control, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
-                command("timed", [str(theirs.fileno())]), cwd=tempfile.gettempdir(), env=environment(**_BEFORE_A_FORK),
+                command("timed", [str(theirs.fileno())]), cwd=tempfile.gettempdir(),
+                env=environment(**_BEFORE_A_FORK, FQT_CACHE_DIR=self.cache.name),
                 stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log, pass_fds=[theirs.fileno()],
             )  # fmt: skip
 
@@ -91,6 +94,7 @@ class Arena:
         self.process.kill()
         self.process.wait()
         self.log.close()
+        self.cache.cleanup()
 
 
 class _Side:

@@ -36,7 +36,8 @@ class Timing:
     @property
     def regression(self) -> bool:
         """Slower, or broken where the base was not."""
-        return self.status == "regression" or (self.status == "failed" and "base" not in self.first.failed)
+        last = self.confirmation or self.first
+        return self.status == "regression" or (self.status == "failed" and "base" not in last.failed)
 
 
 def judge(
@@ -55,14 +56,15 @@ def judge(
     _measure_noise(base, cases, noise, fight, say)
     limits = {case: threshold(noise.of(case), len(cases)) for case in cases if noise.of(case)}
     first = fight(base, head, cases)
-    suspects = [d.name for d in first if d.timed and abs(d.log_ratio) > limits[d.name]]
+    suspects = [d.name for d in first if d.timed and d.name in limits and abs(d.log_ratio) > limits[d.name]]
     if suspects:
         say(f"measuring again: {', '.join(suspects)}")
     again = {duel.name: duel for duel in fight(base, head, suspects)} if suspects else {}
     timings = []
     for duel in first:
         limit, stored = limits.get(duel.name, 0.0), len(noise.of(duel.name))
-        status = _status(duel, again.get(duel.name), limit)
+        known = duel.name in limits or not duel.timed  # else its noise could not be measured, but it could
+        status = _status(duel, again.get(duel.name), limit) if known else "unknown"
         timings.append(Timing(duel.name, status, duel, again.get(duel.name), limit, stored))
     if base.digest == head.digest:
         noise.add({duel.name: duel.log_ratio for duel in first if duel.timed})

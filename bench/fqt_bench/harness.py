@@ -277,7 +277,8 @@ def _failure(error: Exception) -> dict[str, str]:
     text = (str(error).strip() or "no message").splitlines()[0][:200]
     if isinstance(error, ModuleNotFoundError):
         return {"status": "skip", "remark": f"not installed: {text}"}
-    if type(error).__name__ == "OutOfResources":  # Triton's: more shared memory than a block may have
+    # Triton's: more shared memory than a block may have.
+    if isinstance(error, torch.OutOfMemoryError) or type(error).__name__ == "OutOfResources":
         return {"status": "skip", "remark": f"{DOES_NOT_FIT}: {text}"}
     return {"status": "error", "remark": f"{type(error).__name__}: {text}"}
 

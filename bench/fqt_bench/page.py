@@ -30,7 +30,7 @@ INSTALL = "pip install 'fqt-kernels[demo]'"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `fqt bench report`."""
     parser.add_argument("paths", nargs="*", metavar="FILE|DIR",
-                        help="results, or folders of them (default: bench/results of the checkout)")  # fmt: skip
+                        help="results, or folders that have some (default: bench/results of the checkout)")  # fmt: skip
     parser.add_argument("--out", default=OUT, metavar="DIR", help="folder for report.md and report.html")
     parser.add_argument("--json", action="store_true", help="print what was found as JSON instead of text")
 
@@ -43,12 +43,15 @@ def run(args: argparse.Namespace) -> int:
     """
     from fqt.cli import UsageError
 
-    from .reading import find, load
+    from .reading import OTHER, find, load
 
     paths = find(Path(path) for path in args.paths) if args.paths else find([_default()])
     runs, refused = load(paths)
     for path, reason in refused:
         print(f"fqt bench report: {path}: {reason}", file=sys.stderr)
+    # In a folder there may be tuned tables and comparisons beside the results.
+    named = {Path(path).resolve() for path in args.paths}
+    refused = [(p, reason) for p, reason in refused if not reason.startswith(OTHER) or p.resolve() in named]
     if not runs:
         where = ", ".join(args.paths) or str(_default())
         raise UsageError(f"no results of `fqt bench` in {where}{f': {len(refused)} refused' if refused else ''}")

@@ -15,6 +15,7 @@ from typing import Any
 
 SCHEMA = Path(__file__).with_name("schema.json")
 VERSION = 3
+OTHER = "not a result of fqt bench"  # begins the reason against what is something else
 MAX_BYTES = 256 * 2**20  # a result with every sample is a few MiB
 _FOLDERS = re.compile(r"(?<![\w.])(?:[A-Za-z]:\\|/)(?:[^\s:'\"<>|/\\]+[/\\])+(?=[^\s/\\])")
 
@@ -72,7 +73,9 @@ def read(path: Path) -> Run:
     """One result. Raises Refused."""
     result = _parse(path)
     if not isinstance(result, dict) or "schema" not in result:
-        raise Refused('not a result of fqt bench: it has no field "schema"')
+        raise Refused(f'{OTHER}: it has no field "schema"')
+    if "suites" not in result and "cases" not in result:
+        raise Refused(f"{OTHER}: it has no cases")
     if result["schema"] != VERSION or isinstance(result["schema"], bool):
         raise Refused(f"schema {_shown(result['schema'])}, and this reads schema {VERSION} alone")
     schema = json.loads(SCHEMA.read_text(encoding="utf-8"))

@@ -64,6 +64,10 @@ def main(args: argparse.Namespace) -> int:
         known = ", ".join(f"{plan.suite} {plan.shape}" for plan in plans(args.suite, device, args.quick))
         raise UsageError(f"--only {args.only}: no such case; there are: {known}")
     _writable(out)
+    if args.benchmark_json:
+        _writable(Path(args.benchmark_json).absolute().parent, "--benchmark-json")
+        if Path(args.benchmark_json).is_dir():
+            raise UsageError(f"--benchmark-json {args.benchmark_json}: is a folder")
     timer, refused = _timer(device), {}
     if device.type == "cuda" and not args.no_trial:
         print("bench: trial run of every candidate, in processes of their own", file=sys.stderr, flush=True)
@@ -197,8 +201,8 @@ def _timer(device: torch.device) -> Timer:
     return CpuTimer()
 
 
-def _writable(out: Path) -> None:
+def _writable(out: Path, option: str = "--out") -> None:
     """Before anything is timed, for a result that cannot be kept is a run for nothing."""
     folder = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UsageError(f"--out {out}: {folder} is {'not writable' if folder.is_dir() else 'not a folder'}")
+        raise UsageError(f"{option} {out}: {folder} is {'not writable' if folder.is_dir() else 'not a folder'}")

@@ -17,6 +17,7 @@ _VERDICT = {
     "improvement": "faster",
     "same": "same",
     "not confirmed": "same (not confirmed)",
+    "unknown": "not judged: its noise could not be measured",
 }
 
 

@@ -18,6 +18,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable
 
 import torch
@@ -117,11 +118,19 @@ def serve(roots: list[str], connection: socket.socket) -> None:
             asked = json.loads(line)
             try:
                 answer = {"ns": timer.least(asked["case"], asked["samples"])}
-            except (AttributeError, ImportError, LookupError, TypeError, ValueError) as e:  # not in this tree
-                answer = {"unknown": f"{type(e).__name__}: {e}"[:500]}
             except Exception as e:  # whatever the library runs into: the other cases can still be timed
-                answer = {"error": f"{type(e).__name__}: {e}"[:500]}
+                kind = "unknown" if _lacks(e, asked["case"] not in timer.calls) else "error"
+                answer = {kind: f"{type(e).__name__}: {e}"[:500]}
             print(json.dumps(answer), file=lines)
+
+
+def _lacks(error: Exception, set_up: bool) -> bool:
+    """Whether the tree has no such function, argument or recipe: a case could not be set up, or an error is raised by the
+    call here. One that is raised inside the library's code is a bug of its."""
+    if not isinstance(error, (AttributeError, ImportError, LookupError, TypeError, ValueError)):
+        return False
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return set_up or frame.f_code.co_filename == __file__
 
 
 def main() -> None:
