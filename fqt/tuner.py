@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -278,15 +277,14 @@ class _Session:
         result.heuristic = title(first) if first in order else ""
         case = build(problem, competing, self._device, self._sets, self._yardstick)
         refused = {name: why for (of, name), why in self._refused.items() if of == case.shape}
-        # The budget is kept between problems: one that is begun is measured whole. The harness' own lines are not shown.
-        with contextlib.redirect_stderr(io.StringIO()):
-            whole = Budget(float("inf"), self._timer)
-            times = _times(measure(case, self._timer, whole, self._effort, refused)["candidates"], result)
-            good = dataclasses.replace(case, candidates=tuple(c for c in case.candidates if c.name in times))
-            for record in repeat(good, self._timer, runs=RUNS):
-                if (status := _status(record)) != "ok":
-                    del times[record["name"]]
-                    _exclude(result, record["name"], status, record["remark"])
+        whole = Budget(float("inf"), self._timer)  # is kept between problems: one that is begun is measured whole
+        measured = measure(case, self._timer, whole, self._effort, refused, log=lambda line: None)
+        times = _times(measured["candidates"], result)
+        good = dataclasses.replace(case, candidates=tuple(c for c in case.candidates if c.name in times))
+        for record in repeat(good, self._timer, runs=RUNS):
+            if (status := _status(record)) != "ok":
+                del times[record["name"]]
+                _exclude(result, record["name"], status, record["remark"])
         bf16_ns = times.pop(BF16, 0)
         result.times = {title(c): times[title(c)] for c in order if title(c) in times}
         if self._exhaustive and result.times:

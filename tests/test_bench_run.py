@@ -1,5 +1,6 @@
 """A run of the benchmark: its file, its schema, its tables, its exit status."""
 
+import functools
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from bench_fakes import ONCE, FakeTimer, a_case, bad_candidates, candidate, reco
 
 from fqt import cli, dispatch
 from fqt.cli_bench import BUDGET_S
-from fqt_bench import ahead, counters, cuda, environment, pytest_json
+from fqt_bench import ahead, counters, cuda, environment, layers, products, pytest_json
 from fqt_bench import run as runs
 from fqt_bench.cpu import CpuTimer
 from fqt_bench.harness import Budget
@@ -219,13 +220,26 @@ def test_the_targets_are_shown_for_the_suites_that_they_read(tmp_path):
 def test_the_plans_are_the_cases_at_full_size_the_most_wanted_first():
     planned = [(p.suite, p.shape) for p in plans(("kernels", "layers"), GPU, quick=False)]
     assert planned[:2] == [("gemm", "8192x8192x8192"), ("quantize", "8192x8192")]
-    layers = ("8192x28672x4096", "8192x4096x14336", "4096x4096x4096", "50432x4096x1024")
+    linears = ("8192x28672x4096", "8192x4096x14336", "4096x4096x4096", "50432x4096x1024")
     assert set(planned) >= {("gemm", "4096x4096x4096"), ("gemm", "1024x1024x65536"), ("memory", "8192x4096x4096"),
                             ("repeats of gemm", "1024x1024x65536"),
-                            *(("linear fwd+bwd", shape) for shape in layers)}  # fmt: skip
+                            *(("linear fwd+bwd", shape) for shape in linears)}  # fmt: skip
     assert len(set(planned)) == len(planned)
     assert sum(plan.needs_s for plan in plans(("kernels", "layers"), GPU, False)) < 300
     assert not any("8192x8192" in plan.shape for plan in plans(NAMES[1:], GPU, quick=True))
+
+
+def test_the_shapes_of_the_frontier_come_last_and_compare_bf16_with_one_kernel_each():
+    """1k to 16k cubes, the networks at several sizes, and odd and small ones; of all the suites together."""
+    planned = plans(NAMES[1:], GPU, quick=False)
+    brief = [plan.effort is not None for plan in planned]
+    assert sum(brief) > 30 and brief == sorted(brief)
+    shapes = {plan.shape for plan in planned if plan.suite == "gemm"}
+    assert shapes > {f"{n}x{n}x{n}" for n in (128, 1024, 2048, 4095, 16384)} | {"4096x6144x4096", "16384x4096x14336"}
+    for build, of in ((functools.partial(products.gemm, every=False), "torch.matmul bf16"),
+                      (functools.partial(layers.linear, names=("int8",), compiled=False), "nn.Linear bf16")):  # fmt: skip
+        first, *ours = build(48, 32, 64, CPU).candidates
+        assert first.name == of and [c.ours for c in ours] == [True]
 
 
 @pytest.mark.parametrize("device", [CPU, GPU], ids=str)

@@ -121,12 +121,15 @@ def test_the_status_is_1_where_a_counter_grew_and_stdout_names_it(repo, counted,
     assert "| loads | 4 | 3 | -25.0 % | less |" in printed
     document = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert document["regressions"] == [f"{name}: registers 32 → 40"]
+    assert "Not compared" not in printed
     counted({name: {"registers": 32}}, {name: {"registers": 40}})
     assert main([*run, "--tolerance", "registers=25", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["counters"]["changes"][0]["kind"] == "tolerated"
     counted({name: {"registers": 32}}, {"another": {"registers": 99}})
     assert main(run) == 0
-    assert "Only in head:\n- another\n\nOnly in base:" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Only in head:\n- another\n\nOnly in base:" in printed
+    assert "No regression. **Not compared: 1 kernels or steps that base has and head has not**" in printed
     counted({name: {"registers": 32}}, {}, failed={"sm_90 ? n4096": "CompilationError"})
     assert main(run) == 1, "what no longer compiles is a regression"
     counted({name: {"registers": 32}}, {}, unknown={"sm_90 ? n4096": "no such launch"})

@@ -115,8 +115,17 @@ class Effort:
     warm_up_rounds: int = 3
 
 
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def measure(
-    case: Case, timer: Timer, budget: Budget, effort: Effort = Effort(), refused: Mapping[str, str] = {}
+    case: Case,
+    timer: Timer,
+    budget: Budget,
+    effort: Effort = Effort(),
+    refused: Mapping[str, str] = {},
+    log: Callable[[str], object] = _say,
 ) -> dict[str, Any]:
     """Check, warm up, sample and check again every candidate of a case: plain values, ready for JSON.
 
@@ -130,7 +139,7 @@ def measure(
     for candidate in (c for c in case.candidates if c.missing):
         records[candidate.name] |= {"status": "skip", "remark": candidate.missing}
     candidates = [c for c in case.candidates if records[c.name]["status"] == "ok"]
-    active = [c for c in candidates if _admit(c, case, timer, budget, records[c.name])]
+    active = [c for c in candidates if _admit(c, case, timer, budget, records[c.name], log)]
     samples: dict[str, list[Sample]] = {c.name: [] for c in active}
     lead_ms = _warm_up(active, case, timer, effort, records)
     start, done = timer.now(), 0
@@ -249,12 +258,14 @@ def _record(candidate: Candidate) -> dict[str, Any]:
     }
 
 
-def _admit(candidate: Candidate, case: Case, timer: Timer, budget: Budget, record: dict[str, Any]) -> bool:
+def _admit(
+    candidate: Candidate, case: Case, timer: Timer, budget: Budget, record: dict[str, Any], log: Callable[[str], object]
+) -> bool:
     """Compile and check a candidate on every input set; false, with the reason in its record, where it is not timed."""
     if budget.left() < RESERVE_S:
         record |= {"status": "skip", "remark": f"{max(budget.left(), 0):.0f} s of {budget.seconds:.0f} s left"}
         return False
-    print(f"bench: {budget.spent():5.1f} s  {case.suite} {case.shape}: {candidate.name}", file=sys.stderr, flush=True)
+    log(f"bench: {budget.spent():5.1f} s  {case.suite} {case.shape}: {candidate.name}")
     with poisoned_memory():
         return all(_try(candidate, i, timer, record) for i in range(case.sets))
 

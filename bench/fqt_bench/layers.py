@@ -40,9 +40,11 @@ def linear(
     *,
     dtype: torch.dtype = torch.bfloat16,
     names: Sequence[str] | None = None,
+    compiled: bool = True,
 ) -> Case:
     """Forward and backward of a linear layer without bias, X (M, K), W (N, K): `fqt.nn.Linear` of the recipes that are
-    named (those of `recipes` if None) against nn.Linear, eager and compiled, and torchao's int8 mixed-precision training.
+    named (those of `recipes` if None) against nn.Linear, eager and, if compiled, compiled, and torchao's int8
+    mixed-precision training.
 
     All of the quantization is timed. The codes of the weight are dropped at the start of each run, on the host, so that
     every run quantizes the weight in both layouts, as a training step does.
@@ -72,11 +74,12 @@ def linear(
                 rewind=_rewind(layer), same_bits=name,
             )
         )  # fmt: skip
-    candidates += [
-        Candidate(f"{title}, torch.compile", step(plain, x, dy, compiled=True), exact, ops,
-                  **peer("torch.compile", device), tag="bf16 compiled"),
-        _torchao(plain, x, dy, ops),
-    ]  # fmt: skip
+    if compiled:
+        candidates += [
+            Candidate(f"{title}, torch.compile", step(plain, x, dy, compiled=True), exact, ops,
+                      **peer("torch.compile", device), tag="bf16 compiled"),
+            _torchao(plain, x, dy, ops),
+        ]  # fmt: skip
     return Case("linear fwd+bwd", f"{m}x{n}x{k}", "TFLOP/s", baseline.name, tuple(candidates), sets)
 
 

@@ -20,9 +20,9 @@ FP8_BOUND = 1e-2  # fast accumulation keeps fewer bits than float32
 DISPATCHED = " (dispatch)"  # marks the configuration that dispatch selects
 
 
-def gemm(m: int, n: int, k: int, device: torch.device, sets: int = 2) -> Case:
+def gemm(m: int, n: int, k: int, device: torch.device, sets: int = 2, *, every: bool = True) -> Case:
     """All that `fqt.candidates` has for the product, int8 and e4m3, against torch.matmul in bf16, torch._int_mm, and
-    torch._scaled_mm in fp8 with scales per row."""
+    torch._scaled_mm in fp8 with scales per row. Unless every: what dispatch selects for int8, against bf16, alone."""
     x = [gaussian(m, k, device=device, seed=2 * i) for i in range(sets)]
     w = [gaussian(n, k, device=device, seed=2 * i + 1) for i in range(sets)]
     a = [quantize_exactly(t, ROW).rows() for t in x]
@@ -43,8 +43,10 @@ def gemm(m: int, n: int, k: int, device: torch.device, sets: int = 2) -> Case:
         **{**counts, "bytes": counts["bytes"] + out_bytes}, **peer("torch._int_mm", device), tag="_int_mm",
     )  # fmt: skip
     expected = functools.cache(lambda i: reference.scaled_mm(a[i], b[i]))
-    made = [matmul, int_mm, *_fp8(x, w, expectation.fp8(), counts)]
+    made = [matmul, int_mm, *_fp8(x, w, expectation.fp8(), counts)] if every else [matmul]
     for name, tag, selected, launch in launches(m, n, k, device):
+        if not every and not selected:
+            continue
         made.append(
             Candidate(
                 f"{name}{DISPATCHED * selected}",

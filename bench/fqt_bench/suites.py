@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from fqt.suites import SUITES
+
 from . import cases, layers, operators, optim, products, train
 from .harness import Effort, Timer, repeat
 from .providers import has_fp8
@@ -39,6 +41,12 @@ W13, W2 = (8192, 28672, 4096), (8192, 4096, 14336)  # Llama-8B, 8192 tokens
 VIT = (50432, 4096, 1024)  # ViT-L/16, batch 256, the wide layer
 SPLIT = (1024, 1024, 65536)  # the weight gradient of a narrow layer
 STEP = (8192, 4096, 4096)
+# Where int8 begins to pay: shapes of networks at several sizes, and odd and small ones, where it is expected to lose.
+FRONTIER = tuple(dict.fromkeys((m, n, k) for name in ("cubes", "llama-8b", "bert-large", "vit-large")
+                               for _, m, n, k in SUITES[name]))  # fmt: skip
+ODD = ((4095, 4095, 4095), (1000, 1000, 1000), (64, 4096, 4096), (8192, 64, 1024), (128, 128, 128))
+LAYERS = ((2048, 2048, 2048), (16384, 4096, 1024), (8192, 6144, 4096), (512, 1024, 1024), (64, 4096, 4096))
+BRIEF = Effort(rounds=30, min_rounds=8, limit_s=0.5, warm_up_s=0.1)
 SMOKE = Effort(rounds=15, min_rounds=5, limit_s=1.2, warm_up_s=0.05, warm_up_rounds=1)
 
 
@@ -50,7 +58,8 @@ def plans(suites: Sequence[str], device: torch.device, quick: bool, only: str = 
     for suite in suites:
         for plan in _smoke(device) if suite == "smoke" else made(suite, device, quick):
             found.setdefault((plan.suite, plan.shape), plan)
-    return [plan for plan in found.values() if fnmatchcase(f"{plan.suite} {plan.shape}", f"*{only}*")]
+    wanted = [plan for plan in found.values() if fnmatchcase(f"{plan.suite} {plan.shape}", f"*{only}*")]
+    return sorted(wanted, key=lambda plan: plan.effort is BRIEF)
 
 
 def _plan(build: Callable[..., Any], suite: str, shape: Sequence[int], needs_s: float, device: torch.device,
@@ -119,15 +128,19 @@ def _on_gpu(suite: str, device: torch.device, quick: bool) -> list[Plan]:
         repeats = [_entries("repeats", shape, 6, device, _repeats_of_products, "gemm") for shape in (SPLIT, STEP)]
         if quick:
             return [gemm(SMALL, 15), quantize(SMALL[:2], 10), *repeats]
+        brief = functools.partial(products.gemm, every=False)
+        frontier = [_plan(brief, "gemm", shape, 2, device, effort=BRIEF) for shape in (*ODD, *FRONTIER)]
         return [gemm(LARGE, 15), quantize(LARGE[:2], 15), *repeats, gemm(SMALL, 10), gemm(SPLIT, 10), gemm(W13, 12),
-                gemm(W2, 12), quantize(SMALL[:2], 8), quantize((32768, 1024), 8)]  # fmt: skip
+                gemm(W2, 12), quantize(SMALL[:2], 8), quantize((32768, 1024), 8), *frontier]  # fmt: skip
     if suite == "layers":
         entries = [_entries("memory", STEP, 5, device, _memory),
                    _entries("repeats", STEP, 6, device, _repeats_of_layers, "linear fwd+bwd")]  # fmt: skip
         if quick:
             return [linear(SMALL, 15), *entries]
+        brief = functools.partial(layers.linear, names=("int8",), compiled=False)
+        frontier = [_plan(brief, "linear fwd+bwd", shape, 3, device, effort=BRIEF) for shape in LAYERS]
         return [linear(LARGE, 20), *entries, linear(W13, 20), linear(W2, 15), linear(SMALL, 10), linear(VIT, 15),
-                _entries("launches", STEP, 8, device, _launches)]  # fmt: skip
+                _entries("launches", STEP, 8, device, _launches), *frontier]  # fmt: skip
     if quick:
         return _steps(suite, device, ((4096, 4096),), ((4096, 2048, 4),), ())
     return _steps(suite, device, ((4096, 4096), (14336, 4096)), ((8192, 4096, 4),), ((16, 512, 1024, 4),))

@@ -68,12 +68,19 @@ def markdown(c: Comparison) -> str:
     same = " (the sources are identical)" if c.base.digest == c.head.digest else ""
     lines = [f"# fqt: `{c.base.name}` → `{c.head.name}`{same}", ""]
     lines += [f"**{count} regression{'s' * (count > 1)}**" if count else "No regression."]
+    if lost := _lost(c):
+        lines[-1] += f" **Not compared: {lost} kernels or steps that base has and head has not** (listed below)."
     lines += [f"- {_escaped(line)}" for line in c.regressions[:ROWS]] + _rest(c.regressions)
     if c.counters is not None:
         lines += ["", *_counters(c)]
     if c.timings:
         lines += ["", *_timings(c.timings)]
     return "\n".join(lines)
+
+
+def _lost(c: Comparison) -> int:
+    """Counters of base that nothing of head is held against: a kernel that was renamed, a launch that head refuses."""
+    return len(c.counters[0].entries.keys() - c.counters[1].entries.keys()) if c.counters is not None else 0
 
 
 def _counters(c: Comparison) -> list[str]:
