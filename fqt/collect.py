@@ -21,6 +21,7 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -274,7 +275,9 @@ def _of_step(
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake, torch.device(device), _replaced((nn.Module, "_apply", _converter())):
+    with fake, torch.device(device), _replaced((nn.Module, "_apply", _converter())), warnings.catch_warnings():
+        # torch's, of its own copy.deepcopy: an address of 0 is what a fake tensor has.
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         with _users(f"--model {spec}"):
             made = make()
         if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[0], nn.Module):
