@@ -52,7 +52,12 @@ def _run(jobs: Iterable[tuple[Problem, Sequence[Candidate]]], device: torch.devi
             return [sys.executable, "-m", "fqt.tuner_ahead", str(file), str(device), str(part), str(parts)]
 
         # A short budget ends before the usual patience does, and a kernel that hangs would be met again when it is timed.
-        return ahead.run_ahead(command, ahead.parts(), limit_s, min(ahead.STALL_S, max(0.5 * limit_s, MIN_STALL_S)))
+        refused = ahead.run_ahead(command, ahead.parts(), limit_s, min(ahead.STALL_S, max(0.5 * limit_s, MIN_STALL_S)))
+        untried = {line for log in Path(folder).glob("untried-*") for line in log.read_text("utf-8").splitlines()}
+    if untried:
+        text = "compiled when they are timed, since their inputs could not be made beside those of other processes"
+        print(f"fqt tune: {len(untried)} problems are {text}: {'; '.join(sorted(untried))}", file=sys.stderr)
+    return refused
 
 
 def read(text: str) -> list[Job]:
@@ -66,18 +71,20 @@ def read(text: str) -> list[Job]:
 def main(argv: Sequence[str]) -> int:
     """A worker: run each of its candidates once, saying so. A kernel that breaks the CUDA context ends the process."""
     file, device, part, parts = argv
-    share(read(Path(file).read_text(encoding="utf-8")), torch.device(device), int(part), int(parts))
+    jobs = read(Path(file).read_text(encoding="utf-8"))
+    untried = share(jobs, torch.device(device), int(part), int(parts))
+    Path(file).with_name(f"untried-{part}").write_text("\n".join(untried), encoding="utf-8")
     return 0
 
 
-def share(jobs: Iterable[Job], device: torch.device, part: int, parts: int) -> None:
-    """Run every parts-th candidate, counted over all jobs, once."""
+def share(jobs: Iterable[Job], device: torch.device, part: int, parts: int) -> list[str]:
+    """Run every parts-th candidate, counted over all jobs, once. Returns the problems that could not be built, and why."""
     from fqt_bench.ahead import run_once
 
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
-    number = 0
+    number, untried = 0, []
     for problem, candidates in jobs:
         mine = [c for i, c in enumerate(candidates, number) if i % parts == part]
         number += len(candidates)
@@ -86,7 +93,7 @@ def share(jobs: Iterable[Job], device: torch.device, part: int, parts: int) -> N
         try:
             case = build(problem, mine, device, sets=1, yardstick=False, exact=False)
         except Exception as error:  # out of memory, say: several workers share it
-            print(f"fqt.tuner_ahead: {describe(problem)}: {error}", file=sys.stderr)
+            untried.append(f"{describe(problem)}: {' '.join(str(error).split())[:200]}")
             continue
         for candidate in case.candidates:
             key = (case.suite, case.shape, candidate.name)
@@ -94,6 +101,7 @@ def share(jobs: Iterable[Job], device: torch.device, part: int, parts: int) -> N
         del case, candidate  # and with them the inputs, before the next ones are made
         if on_gpu:
             torch.cuda.empty_cache()
+    return untried
 
 
 if __name__ == "__main__":

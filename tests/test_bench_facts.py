@@ -37,6 +37,17 @@ def test_the_cpu_measures_no_target():
     assert facts.trends(fast) == []
 
 
+def test_a_newer_run_that_ran_out_of_time_does_not_hide_older_figures():
+    def run(date, *candidates):
+        return fake.result(fake.case("gemm", "1x2x3", *candidates), environment={"date": f"{date}T00:00:00+00:00"})
+
+    measured = run("2026-01-01", fake.candidate("a"))
+    skipped, again = (run(date, fake.failed("a", "skip", "no time")) for date in ("2026-01-02", "2026-01-03"))
+    for runs, shown in (((measured, skipped), measured), ((skipped, again), again), ((skipped, measured), measured)):
+        (found,) = fake.machine(*runs).cases()
+        assert found.run.result == shown
+
+
 def test_a_newer_run_that_is_in_order_takes_a_problem_away():
     shape = "1x2x3"
     bad = fake.result(fake.case("gemm", shape, fake.candidate("a"), fake.failed("b", "error", "x")),

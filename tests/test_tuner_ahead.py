@@ -35,12 +35,29 @@ def test_problems_of_one_candidate_are_spread_over_the_processes(monkeypatch):
         assert bench.log[part:] == [(describe(problem), title(A))]
 
 
-def test_a_problem_that_cannot_be_built_leaves_the_process_the_others(monkeypatch, capsys):
+def test_a_problem_that_cannot_be_built_leaves_the_process_the_others(monkeypatch):
     bench = Bench()
     bench.bad[SMALL] = torch.OutOfMemoryError("no memory")
     monkeypatch.setattr(tuner_ahead, "build", bench.build)
-    tuner_ahead.share([(SMALL, (A,)), (LARGE, (A,))], CPU, 0, 1)
-    assert [problem for problem, _ in bench.log] == [describe(LARGE)] and "no memory" in capsys.readouterr().err
+    untried = tuner_ahead.share([(SMALL, (A,)), (LARGE, (A,))], CPU, 0, 1)
+    assert [problem for problem, _ in bench.log] == [describe(LARGE)] and untried == [f"{describe(SMALL)}: no memory"]
+
+
+def test_what_no_process_could_try_is_said(monkeypatch, capsys):
+    bench = Bench()
+    bench.bad[SMALL] = torch.OutOfMemoryError("no memory")
+    monkeypatch.setattr(tuner_ahead, "build", bench.build)
+
+    def run_ahead(command, parts, limit_s, stall_s):
+        for part in range(2):
+            tuner_ahead.main(command(part, 2)[3:])
+        return {}
+
+    monkeypatch.setattr(ahead, "run_ahead", run_ahead)
+    assert tuner_ahead.trial([(SMALL, (A, B)), (LARGE, (A, B))], CPU, 70.0) == {}
+    said = capsys.readouterr().err
+    assert "1 problems are compiled when they are timed" in said and f"{describe(SMALL)}: no memory" in said
+    assert describe(LARGE) not in said
 
 
 def test_the_inputs_of_a_problem_are_gone_before_the_next_ones_are_made(monkeypatch):

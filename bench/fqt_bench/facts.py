@@ -48,16 +48,23 @@ class Machine:
         return self.runs[-1].gpu is not None
 
     def cases(self) -> list[Measured]:
-        """The newest of each suite and shape: suites in the order of the runs, shapes by size."""
-        newest = {
-            (case["suite"], case["shape"]): Measured(run, case) for run in self.runs for case in run.result["cases"]
-        }
+        """The newest of each suite and shape, of those with a figure if there are any: suites in the order of the runs,
+        shapes by size."""
+        newest: dict[tuple[str, str], Measured] = {}
+        for run, case in ((each, case) for each in self.runs for case in each.result["cases"]):
+            key = case["suite"], case["shape"]
+            if key not in newest or _has_figures(case) or not _has_figures(newest[key].case):
+                newest[key] = Measured(run, case)
         suites = list(dict.fromkeys(suite for suite, _ in newest))
         return [newest[key] for key in sorted(newest, key=lambda key: (suites.index(key[0]), sizes(key[1]), key[1]))]
 
     def newest(self, key: str) -> Run | None:
         """The newest run in which this field of the result is not empty."""
         return next((run for run in reversed(self.runs) if run.result[key]), None)
+
+
+def _has_figures(case: dict[str, Any]) -> bool:
+    return any(candidate["status"] == "ok" for candidate in case["candidates"])
 
 
 def machines(runs: Iterable[Run]) -> list[Machine]:
