@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from .dispatch import Problem
+    from .tuned import Timing
 
 KERNELS = ("portable", "hopper", "cublas", "rows", "long_rows", "tile")
 MAX_CANDIDATES = 16
@@ -94,6 +95,14 @@ def allows(problem: Problem, candidate: Candidate) -> bool:
     return (kernel, config, p.format) == ("cublas", (), "int") and (
         gemm_cublas.reason_against(p.arch, p.m, p.n, p.k) is None
     )
+
+
+def title(candidate: Candidate | Timing) -> str:
+    """ "portable 128x256x128 w8 s3 split 4": the kernel, its tile, warps and stages, and how many share a sum."""
+    kernel, config, split_k = candidate[:3]
+    tile, rest = (config[:3], config[3:]) if len(config) > 3 else (config[:2], config[2:])
+    parts = [kernel, "x".join(map(str, tile)), *(f"{letter}{value}" for letter, value in zip("ws", rest, strict=False))]
+    return " ".join(filter(None, [*parts, f"split {split_k}" * (split_k > 1)]))
 
 
 def heuristic(problem: Problem) -> Candidate | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -123,20 +125,29 @@ def product(
     operands = a.q.contiguous(), b.q.contiguous(), a.scale, b.scale
     terms = dict(a_offset=a.offset, b_offset=b.offset, a_sum=a.sum, b_sum=b.sum,
                  bias=None if bias is None else bias.contiguous())  # fmt: skip
+    processors = device_info(str(a.q.device))[1] if a.q.is_cuda else 1
+    launch = launcher((choice.kernel, choice.config, choice.split_k), processors)
+    more = {} if plain else dict(out=out, row_absmax=row_absmax)
     with _device_guard(a.q):
-        if choice.kernel == "hopper":
-            from fqt_kernels.gemm_hopper import scaled_mm as launch
+        return launch(*operands, **terms, **more, out_dtype=out_dtype if out is None else None)
 
-            _, processors = device_info(str(a.q.device))
-            return launch(*operands, **terms, out_dtype=out_dtype, config=choice.config, processors=processors)
-        terms |= dict(out_dtype=out_dtype if out is None else None, out=out, row_absmax=row_absmax)
-        if choice.kernel == "cublas":
-            from fqt_kernels.gemm_cublas import scaled_mm as launch
 
-            return launch(*operands, **terms)
-        from fqt_kernels.gemm import scaled_mm as launch
+def launcher(candidate: tuple[str, tuple[int, ...], int], processors: int) -> Callable[..., Tensor]:
+    """The `scaled_mm` of a product's (kernel, config, split_k), see `candidates.Candidate`."""
+    kernel, config, split_k = candidate
+    if kernel == "hopper":
+        from fqt_kernels.gemm_hopper import scaled_mm
 
-        return launch(*operands, **terms, config=choice.config, split_k=choice.split_k)
+        return functools.partial(scaled_mm, config=config, processors=processors)
+    if kernel == "cublas":
+        from fqt_kernels.gemm_cublas import scaled_mm
+
+        return scaled_mm
+    if kernel != "portable":
+        raise ValueError(f"no product has a kernel {kernel!r}")
+    from fqt_kernels.gemm import scaled_mm
+
+    return functools.partial(scaled_mm, config=config, split_k=split_k)
 
 
 def _format(q: Tensor) -> str:

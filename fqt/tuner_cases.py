@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .candidates import Candidate
+from .candidates import Candidate, title
 from .dispatch import Problem
+from .products import launcher
 from .qtensor import Operand, QTensor
 from .recipe import Quantizer
-from .tuned import Timing
 
 BF16 = "torch.matmul bf16"
 _STREAMS = (0, 1)
@@ -47,14 +47,6 @@ def describe(problem: Problem) -> str:
     """A problem's key in words, and its sizes: what tells it from every other that is tuned."""
     words = "" if problem.op == "scaled_mm" else problem.dtype
     return " ".join(filter(None, (problem.op, problem.format, words, problem.kind, shape(problem))))
-
-
-def title(candidate: Candidate | Timing) -> str:
-    """ "portable 128x256x128 w8 s3 split 4": the kernel, its tile, warps and stages, and how many share a sum."""
-    kernel, config, split_k = candidate[:3]
-    tile, rest = (config[:3], config[3:]) if len(config) > 3 else (config[:2], config[2:])
-    parts = [kernel, "x".join(map(str, tile)), *(f"{letter}{value}" for letter, value in zip("ws", rest, strict=False))]
-    return " ".join(filter(None, [*parts, f"split {split_k}" * (split_k > 1)]))
 
 
 def grid(problem: Problem) -> tuple[Candidate, ...]:
@@ -131,29 +123,12 @@ def _product(
 
     same_bits = problem.format if problem.format == "int" else ""  # float8 sums follow the configuration
     for candidate in candidates:
-        launch = _launch_product(candidate, problem)
+        launch = launcher(candidate, problem.processors)
 
         def run(i: int, launch: Callable[..., Tensor] = launch) -> Tensor:
             return launch(a[i].q, b[i].q, a[i].scale, b[i].scale, out_dtype=torch.bfloat16)
 
         yield _ours(candidate, run, check, same_bits), expected
-
-
-def _launch_product(candidate: Candidate, problem: Problem) -> Callable[..., Tensor]:
-    kernel, config, split_k = candidate
-    if kernel == "portable":
-        from fqt_kernels.gemm import scaled_mm
-
-        return functools.partial(scaled_mm, config=config, split_k=split_k)
-    if kernel == "hopper":
-        from fqt_kernels.gemm_hopper import scaled_mm
-
-        return functools.partial(scaled_mm, config=config, processors=problem.processors)
-    if kernel == "cublas":
-        from fqt_kernels.gemm_cublas import scaled_mm
-
-        return scaled_mm
-    raise ValueError(f"no product has a kernel {kernel!r}")
 
 
 def _codes(rows: int, k: int, format: str, device: torch.device, seed: int) -> Operand:

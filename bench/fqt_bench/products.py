@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from fqt import candidates, cost, dispatch, reference
+from fqt.candidates import title
+from fqt.products import launcher
 from fqt.qtensor import Operand
 
 from .cases import BF16_BOUND, ROW, ceilings, gaussian, quantize_exactly
@@ -99,29 +101,6 @@ def launches(
     for candidate in candidates.candidates(problem):
         tag = "split" if candidate.split_k > 1 else candidate.kernel
         yield title(candidate), tag, candidate == selected, launcher(candidate, problem.processors)
-
-
-def title(candidate: candidates.Candidate) -> str:
-    """ "portable 128x256x128 w8 s3 split 4": kernel, tile, warps and stages, and how many programs share a sum."""
-    kernel, config, split_k = candidate
-    parts = [kernel, "x".join(map(str, config[:3])), *(f"{a}{n}" for a, n in zip("ws", config[3:], strict=False))]
-    return " ".join(filter(None, [*parts, f"split {split_k}" * (split_k > 1)]))
-
-
-def launcher(candidate: candidates.Candidate, processors: int) -> Callable[..., Tensor]:
-    """The candidate's `scaled_mm`, of codes, scales and an out_dtype."""
-    kernel, config, split_k = candidate
-    if kernel == "cublas":
-        from fqt_kernels.gemm_cublas import scaled_mm
-
-        return scaled_mm
-    if kernel == "hopper":
-        from fqt_kernels.gemm_hopper import scaled_mm
-
-        return functools.partial(scaled_mm, config=config, processors=processors)
-    from fqt_kernels.gemm import scaled_mm
-
-    return functools.partial(scaled_mm, config=config, split_k=split_k)
 
 
 def _fp8(x: list[Tensor], w: list[Tensor], prediction: str, counts: dict[str, float]) -> Iterator[Candidate]:
