@@ -19,6 +19,8 @@ GRANULARITIES = ("per_tensor", "per_row", "per_column")
 ZEROS = ("symmetric", "grid", "min")
 ROUNDINGS = ("nearest", "stochastic")
 FORMATS = ("int", "e4m3")
+GROUPS = ("global", "tile")
+RANGES = ("exact", "bound", "delayed")
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,10 @@ class Quantizer:
         rounding: "nearest" (ties to even) or "stochastic" (unbiased).
         householder: block Householder transform of the rows before quantizing (BHQ); per_row only.
         format: "int", or "e4m3": codes are float8_e4m3fn numbers up to 448, symmetric, bits 8.
+        groups: of the householder transform: "global", rows of the whole matrix (the paper's form), or "tile", rows of each
+            128, so that the inverse is part of the matrix product.
+        auto: transform only the groups whose predicted variance that lowers; the others are quantized per sample (PSQ).
+        range: where the ranges come from: "exact", found in the values themselves; see `fqt.ranges` for the others.
 
     Raises:
         ValueError: a field is out of range, or fields that exclude each other are combined.
@@ -47,16 +53,21 @@ class Quantizer:
     rounding: str = "nearest"
     householder: bool = False
     format: str = "int"
+    groups: str = "global"
+    auto: bool = False
+    range: str = "exact"
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, int) or isinstance(self.bits, bool) or not 2 <= self.bits <= 8:
             raise ValueError(f"bits must be an integer from 2 to 8, got {self.bits!r}")
         for field, allowed in (("granularity", GRANULARITIES), ("zero", ZEROS), ("rounding", ROUNDINGS),
-                               ("format", FORMATS)):  # fmt: skip
+                               ("format", FORMATS), ("groups", GROUPS), ("range", RANGES)):  # fmt: skip
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} must be one of {', '.join(allowed)}, got {getattr(self, field)!r}")
         if self.householder and self.granularity != "per_row":
             raise ValueError(f"householder needs granularity 'per_row', got {self.granularity!r}")
+        if not self.householder and (self.groups != "global" or self.auto):
+            raise ValueError(f"groups and auto belong to the householder transform, got {self}")
         if self.format == "e4m3" and (self.bits != 8 or self.zero != "symmetric" or self.householder):
             raise ValueError(f"e4m3 codes have 8 bits, are symmetric and take no householder transform, got {self}")
 
@@ -110,8 +121,10 @@ class Recipe:
 
     @functools.cached_property
     def affine(self) -> bool:
-        """Whether any operand has an offset, so that sums of codes are needed."""
-        return any(q is not None and q.zero != "symmetric" for q in (self.x, self.w, self.dgrad, self.wgrad))
+        """Whether sums of codes are needed: an operand has an offset, or rows of no range are put back after dgrad."""
+        return any(
+            q is not None and (q.zero != "symmetric" or q.householder) for q in (self.x, self.w, self.dgrad, self.wgrad)
+        )
 
     @property
     def format(self) -> str:
@@ -166,9 +179,17 @@ class Recipe:
         return _statquant(Quantizer(bits, "per_row", "min", "stochastic"))
 
     @staticmethod
-    def bhq(bits: int = 8) -> Recipe:
-        """Fully quantized, the gradient of dgrad through the block Householder quantizer (BHQ)."""
-        return _statquant(Quantizer(bits, "per_row", "min", "stochastic", householder=True))
+    def bhq(bits: int = 8, groups: str = "global") -> Recipe:
+        """Fully quantized, the gradient of dgrad through the block Householder quantizer (BHQ).
+
+        groups="tile" forms the groups within each 128 rows, which is faster and spreads a large row less.
+        """
+        return _statquant(Quantizer(bits, "per_row", "min", "stochastic", householder=True, groups=groups))
+
+    @staticmethod
+    def auto(bits: int = 8, groups: str = "global") -> Recipe:
+        """As `bhq`, but group by group PSQ where its predicted variance is no larger; decided on the device."""
+        return _statquant(Quantizer(bits, "per_row", "min", "stochastic", householder=True, groups=groups, auto=True))
 
     @staticmethod
     def int8() -> Recipe:
@@ -211,7 +232,9 @@ def _statquant(dgrad: Quantizer) -> Recipe:
 def _named() -> dict[str, Recipe]:
     named = {"exact": Recipe.exact(), "qat8": Recipe.qat(8), "int8": Recipe.int8(), "fp8": Recipe.fp8()}
     for bits in range(8, 1, -1):
-        named |= {f"ptq{bits}": Recipe.ptq(bits), f"psq{bits}": Recipe.psq(bits), f"bhq{bits}": Recipe.bhq(bits)}
+        named |= {f"ptq{bits}": Recipe.ptq(bits), f"psq{bits}": Recipe.psq(bits)}
+        named |= {f"bhq{bits}": Recipe.bhq(bits), f"auto{bits}": Recipe.auto(bits)}
+        named |= {f"{name}{bits}-tile": getattr(Recipe, name)(bits, "tile") for name in ("bhq", "auto")}
     return named
 
 
@@ -225,10 +248,10 @@ def _parse(spec: str) -> Recipe:
     if spec.lstrip().startswith("{"):
         return Recipe.from_json(spec)
     named = _named()
-    name = re.sub(r"^(qat|ptq|psq|bhq)-(\d+)$", r"\1\2", spec)
+    name = "auto8" if spec == "auto" else re.sub(r"^(qat|ptq|psq|bhq|auto)-(\d+)", r"\1\2", spec)
     if name not in named:
         raise ValueError(
-            f"unknown recipe {spec!r}. Valid: exact, qat8, int8, fp8, ptq2..ptq8, psq2..psq8, bhq2..bhq8 "
-            "(also written ptq-4), or a fqt.Recipe"
+            f"unknown recipe {spec!r}. Valid: exact, qat8, int8, fp8, ptq2..ptq8, psq2..psq8, bhq2..bhq8, "
+            "auto2..auto8 (auto is auto8; also written ptq-4), bhq and auto with -tile (bhq5-tile), or a fqt.Recipe"
         )
     return named[name]

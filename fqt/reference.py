@@ -315,12 +315,24 @@ def wgrad(dy: Tensor, x: QTensor, recipe: Recipe, **random) -> Tensor:
     return dequantized_gradient(dy, recipe.wgrad, multiplier=x.scale, **random).t() @ x.q.to(x.scale.dtype)
 
 
+def householder_codes(g: Tensor, quantizer: Quantizer, **more) -> tuple[Householder, QTensor]:
+    """The block Householder transform of G (M, N), float32 or float64, and the codes of T G; more: as of `quantize`.
+
+    An auto quantizer's transform is the identity in the groups where that has the smaller predicted variance.
+    """
+    h = Householder.of(g, quantizer.groups)
+    y = h.apply(g)
+    if quantizer.auto and g.shape[1]:
+        h = h.where_better(*(t.amax(1) - t.amin(1) for t in (g, y)))
+        y = h.apply(g)
+    return h, quantize(y, quantizer, **more)
+
+
 def dequantized_gradient(g: Tensor, quantizer: Quantizer, *, multiplier: Tensor | None = None, **random) -> Tensor:
     """Q_b(G · multiplier) as a float matrix (M, N): any gradient quantizer, BHQ included."""
     if not quantizer.householder:
         return quantize(g, quantizer, multiplier=multiplier, **random).dequantize()
     g = g.to(compute_dtype(g))
     g = g if multiplier is None else g * multiplier
-    h = Householder.of(g)
-    out = h.inverse(quantize(h.apply(g), quantizer, **random).dequantize())
-    return torch.where(h.constant, g[:, :1], out)
+    h, codes = householder_codes(g, quantizer, **random)
+    return torch.where(h.constant, g[:, :1], h.inverse(codes.dequantize()))
