@@ -15,6 +15,7 @@ _ATTRIBUTES = {
     "invalidate_": "nn",
     "manual_seed": "rng", "set_step": "rng", "get_rng_state": "rng", "set_rng_state": "rng",
     "backend": "dispatch",
+    "recording": "telemetry",
 }  # fmt: skip
 _MODULES = (
     "candidates",
@@ -24,20 +25,24 @@ _MODULES = (
     "demo",
     "dispatch",
     "doctor",
+    "gradients",
     "householder",
     "nn",
     "ops",
     "products",
     "qtensor",
+    "ranges",
     "recipe",
     "reference",
     "rng",
     "selftest",
     "store",
     "suites",
+    "telemetry",
     "tuned",
     "tuner",
     "tuning",
+    "variance",
 )
 
 __all__ = ["__version__", *_ATTRIBUTES, *_MODULES]

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import dispatch, ops, products, reference, tuned
+from . import dispatch, gradients, ops, products, reference, tuned
 from .cli import UsageError
 from .convert import quantize_
 from .dispatch import Choice, Problem
@@ -79,18 +79,22 @@ class Collected:
 @contextlib.contextmanager
 def recording(target: Target) -> Iterator[Counter[Problem]]:
     """Within, the operators compute nothing, and what they ask dispatch for is counted. For tensors without data."""
-    from fqt_kernels import gemm, gradient, quantize
+    from fqt_kernels import gemm, gemm_householder, gradient, grouping, householder, quantize, statistics
 
     met: Counter[Problem] = Counter()
 
     def choose(op: str, device: Any, m: int, n: int, k: int = 0, dtype: torch.dtype | None = None, **more) -> Choice:
-        if m and n and (k or op != "scaled_mm"):
+        if m and n and (k or op != "scaled_mm") and op in tuned.OPS:
             met[target.problem(op, m, n, k, dtype, **more)] += 1
         return Choice("triton", (), "recorded", "portable" if op == "scaled_mm" else "tile")
 
     with _replaced(
-        (products, "choose", choose), (products, "Householder", _Householder), (gemm, "scaled_mm", _scaled_mm),
+        (products, "choose", choose), (gradients, "choose", choose), (gemm, "scaled_mm", _scaled_mm),
         (quantize, "quantize", _quantize), (gradient, "quantize_gradient", _quantize_gradient),
+        (gradient, "statistics", _statistics), (statistics, "row_stats", lambda x, *_: x.new_empty(2, 1, x.shape[0])),
+        (grouping, "row_ranges", lambda partial: (partial[0, 0], partial[0, 0])),
+        (grouping, "group_rows", lambda ranges, _: (ranges,)), (householder, "transform", _transform),
+        (householder, "inverse", _inverse), (gemm_householder, "scaled_mm", _scaled_mm),
         (reference, "mm", torch.matmul),  # without the autocast of a device, which "meta" has none of
     ):  # fmt: skip
         yield met
@@ -107,22 +111,6 @@ def _replaced(*fakes: tuple[Any, str, Any]) -> Iterator[None]:
     finally:
         for owner, name, original in originals:
             setattr(owner, name, original)
-
-
-class _Householder:
-    """The transform of `fqt.householder`, as far as shapes go."""
-
-    def __init__(self, constant: Tensor) -> None:
-        self.constant = constant
-
-    @staticmethod
-    def of(x: Tensor) -> _Householder:
-        return _Householder(x.new_empty((x.shape[0], 1), dtype=torch.bool))
-
-    def apply(self, x: Tensor) -> Tensor:
-        return x
-
-    inverse = apply
 
 
 def _scaled_mm(
@@ -154,6 +142,20 @@ def _quantize_gradient(dy: Tensor, g, h, *, sums: bool = False, bias: bool = Fal
     _, qt, *h_rest, _, h_sums = _quantize(dy, granularity=h.granularity, zero=h.zero, rows=False, cols=True, sums=sums)
     total = dy.new_empty(dy.shape[1], dtype=torch.float32) if bias else None
     return Quantized(q, *g_rest, g_sums), Quantized(qt, *h_rest, h_sums), total
+
+
+def _statistics(dy: Tensor, *_: Any, bias: bool = False, **__: Any):
+    partial = dy.new_empty((2, 1, dy.shape[0]), dtype=torch.int32)
+    return partial, partial, dy.new_empty(dy.shape[1], dtype=torch.float32) if bias else None
+
+
+def _transform(x: Tensor, *_: Any, zero: str, sums: bool = False, **__: Any) -> tuple[Tensor | None, ...]:
+    q, _, scale, offset, row_sum, _ = _quantize(x, granularity="per_row", zero=zero, sums=sums)
+    return q, scale, offset, row_sum
+
+
+def _inverse(z: Tensor, *_: Any, out_dtype: torch.dtype, **__: Any) -> Tensor:
+    return z.to(out_dtype)
 
 
 class _Operators(TorchDispatchMode):

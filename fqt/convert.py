@@ -110,8 +110,8 @@ def quantize_(
         filter_fn: called with (module, qualified name); False leaves the layer as it is.
         strict: raise where nothing was quantized, or a pattern matched no layer.
         only_if_faster: leave a layer as it is where `fqt.cost` predicts bf16 to be faster on the GPU that it is on. Where
-            there is no prediction (no GPU yet, an unknown one, BHQ) strict raises; else the layer is quantized, and the
-            report says so. Layers left alone for their speed are no failure, even if they are all.
+            there is no prediction (no GPU yet, an unknown one, gradients in full precision) strict raises; else the layer
+            is quantized, and the report says so. Layers left alone for their speed are no failure, even if they are all.
         fuse_grad_accumulation: whether the kernels add to weight gradients that exist already (see `fqt.nn.Linear`); None
             leaves that as it is, off for a layer that is converted.
         rows: samples (rows of the flattened input) in a forward pass, for the predictions; tokens × batch of a
@@ -171,8 +171,9 @@ def dequantize_(model: nn.Module) -> nn.Module:
         if isinstance(module, Linear):
             module.__class__ = nn.Linear
             rng.forget(module)
-            del module._buffers["_fqt_rng"]
-            module._non_persistent_buffers_set.discard("_fqt_rng")
+            for name in ("_fqt_rng", "_fqt_range_state"):
+                del module._buffers[name]
+                module._non_persistent_buffers_set.discard(name)
             for name in [n for n in module.__dict__ if n.startswith("_fqt_") or n == "fuse_grad_accumulation"]:
                 del module.__dict__[name]
         if "_fqt_fast_path" in module.__dict__:
@@ -208,8 +209,9 @@ def explanation(layer: nn.Module, x: Tensor) -> str:
     for what, quantizer, shape in (("fprop", recipe.x, (m, n, k)), ("dgrad", recipe.dgrad, (m, k, n)),
                                    ("wgrad", recipe.wgrad, (n, k, m))):  # fmt: skip
         choice = _choice("scaled_mm", x.device, *shape, dtype=x.dtype, format=recipe.format)
-        transform = ", block Householder in torch" if quantizer is not None and quantizer.householder else ""
-        lines.append(f"  {what} {shape}: {choice if quantizer else 'torch, full precision'}{transform}")
+        inverse = "" if quantizer is None or not quantizer.householder else ", then the inverse transform"
+        inverse = inverse if not inverse or quantizer.groups == "global" else ", the inverse transform in its epilogue"
+        lines.append(f"  {what} {shape}: {choice if quantizer else 'torch, full precision'}{inverse}")
     return "\n".join([*lines, *_expectation(layer, x, m)])
 
 
@@ -227,7 +229,8 @@ def _expectation(layer: Linear, x: Tensor, m: int) -> list[str]:
         lines.append(f"    {p.name:<11} bf16 {p.bf16_ms:8.4f} ms   {expected.codes} {p.ms:8.4f} ms")
     for p in expected.passes:
         moved = f"{p.bytes_per_element} bytes an element, {p.bytes / 1e6:.1f} MB"
-        lines.append(f"    quantize {p.name:<25} {p.ms:8.4f} ms   {moved}")
+        what = f"{'inverse of' if p.name == 'dX' else 'quantize'} {p.name}"
+        lines.append(f"    {what:<34} {p.ms:8.4f} ms   {moved}")
     total = f"bf16 {expected.bf16_ms:8.4f} ms   {expected.codes} {expected.ms:8.4f} ms   {expected}"
     return [*lines, f"    {'in all':<11} {total}"]
 
@@ -242,7 +245,13 @@ def _quantizations(recipe: Recipe, m: int, n: int, k: int) -> Iterator[tuple[str
     for what, rows, cols, q in (("X", m, k, recipe.x), ("W", n, k, recipe.w)):
         yield what, "quantize", rows, cols, f"{q.granularity} {q.rounding} both"
     g, h = recipe.dgrad, recipe.wgrad
-    if g and h and not g.householder and {g.rounding, h.rounding} == {"stochastic"}:
+    if g and g.householder:
+        yield "dY for dgrad, block Householder", "householder", m, n, g.groups
+        if h:
+            together = " stats" * ({g.rounding, h.rounding} == {"stochastic"})
+            yield "dY for wgrad", "quantize", m, n, f"{h.granularity} {h.rounding} cols{together}"
+        return
+    if g and h and {g.rounding, h.rounding} == {"stochastic"}:
         yield "dY", "quantize_gradient", m, n, f"{g.granularity} {h.granularity}"
         return
     for product, q, layout in (("dgrad", g, "rows"), ("wgrad", h, "cols")):

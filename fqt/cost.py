@@ -85,7 +85,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Pass:
-    """The quantization of one matrix, in every layout that the products need."""
+    """The quantization of one matrix, in every layout that the products need, or the inverse transform of dX."""
 
     name: str
     elements: int
@@ -142,7 +142,7 @@ def linear(m: int, n: int, k: int, recipe: Recipe, ceilings: Ceilings) -> Predic
     format, rate = recipe.format, _rate(recipe, ceilings)
     shapes = _products(m, n, k)
     products = tuple(product(name, shape, rate, ceilings, format) for name, shape in shapes.items())
-    sizes = {"X": m * k, "W": n * k, "dY": m * n}
+    sizes = {"X": m * k, "W": n * k, "dY": m * n, "dX": m * k}
     passes = tuple(_pass(name, sizes[name], *work, ceilings) for name, work in traffic(recipe).items())
     return Prediction(products, passes, _CODES[format], ceilings.source)
 
@@ -197,21 +197,28 @@ def _tuned_ms(name: str, problem: Problem, table: Table) -> tuple[float, float]:
 
 
 def traffic(recipe: Recipe) -> dict[str, tuple[int, int]]:
-    """(bytes per element, kernels that are launched one after the other) of quantizing X, W and dY.
+    """(bytes per element, kernels that are launched one after the other) of quantizing X, W and dY, and of dX's inverse.
 
     X and W are written in both layouts. A per-row scale needs one read from memory: whole rows in registers, or chunks of
     rows whose second read hits the L2. Any other scale needs a pass of statistics first, and its parameters. dY, where both
     its quantizers are stochastic, is read for the statistics of both, and once more to write the codes of each in the
-    layout that its product takes.
+    layout that its product takes. Where dgrad transforms, wgrad's codes and dgrad's are written by a pass each, auto reads
+    dY once more to compare, and, unless the inverse is part of the product, dX leaves that in float32 and is read again.
+    Groups of more than 30 rows read dY twice for the transform: they are counted as if they did not.
     """
     gradients = recipe.dgrad, recipe.wgrad
     if None in gradients:
         raise NotModelled(f"recipe {recipe} leaves a product in full precision")
-    if {q.rounding for q in gradients} == {"stochastic"}:
+    inverse = {}
+    if recipe.dgrad.householder:
+        auto, tile = recipe.dgrad.auto, recipe.dgrad.groups == "tile"
+        dy = 3 * ELEMENT + 1 + 1 + ELEMENT * auto, (10 if tile else 15) + 2 * auto
+        inverse = {} if tile else {"dX": (4 + 4, 6)}  # written in float32, 2 bytes more than bf16, and read; then bf16
+    elif {q.rounding for q in gradients} == {"stochastic"}:
         dy = ELEMENT + ELEMENT + 1 + 1, 4
     else:
         dy = tuple(map(sum, zip(*(_quantization(q, layouts=1) for q in gradients), strict=True)))
-    return {"X": _quantization(recipe.x, layouts=2), "W": _quantization(recipe.w, layouts=2), "dY": dy}
+    return {"X": _quantization(recipe.x, layouts=2), "W": _quantization(recipe.w, layouts=2), "dY": dy} | inverse
 
 
 def _quantization(quantizer: Quantizer, layouts: int) -> tuple[int, int]:
@@ -224,8 +231,6 @@ def _rate(recipe: Recipe, ceilings: Ceilings) -> float:
     quantizers = (recipe.x, recipe.w, recipe.dgrad, recipe.wgrad)
     if None in quantizers:
         raise NotModelled("nothing is quantized" if recipe.is_exact else "products in float32 beside quantized ones")
-    if any(q.householder for q in quantizers):
-        raise NotModelled("the block Householder transform runs in torch, unfused")
     if recipe.format == "int":
         return ceilings.int8_tops
     if ceilings.fp8_tflops is None:

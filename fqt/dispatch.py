@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 
 from . import candidates
 from .candidates import Candidate
-from .tuned import EMPTY, Entry, Table, Timing
+from .tuned import EMPTY, OPS, Entry, Table, Timing
 
 if TYPE_CHECKING:
     import torch
@@ -42,13 +42,15 @@ BACKENDS = ("auto", "triton", "hopper", "reference")
 class Problem:
     """One call of an operator, as far as its choice of kernel may depend on it.
 
-    op: "quantize" (an (m, n) matrix), "quantize_gradient" (two quantizations of one) or "scaled_mm" ((m, k) times (n, k)
-    transposed). dtype: of the unquantized input. format: of the codes, "int" or "e4m3". arch: "sm90", "gfx942", "" without
-    a GPU. processors: streaming multiprocessors or compute units. triton: its version, None where it is not installed.
-    force: what the user asked for by `fqt.backend`. plain: the product is neither added to an existing output nor are its
-    row maxima wanted. kind: of a quantization, what else its speed depends on: words with blanks between, granularity,
-    rounding, layout ("rows", "cols" or "both"), "strided" where x is not contiguous, "stats" where its ranges are given;
-    of "quantize_gradient" both granularities. deterministic: `torch.use_deterministic_algorithms` is on.
+    op: "quantize" (an (m, n) matrix), "quantize_gradient" (two quantizations of one), "householder" (its transform and
+    quantization, of which there is nothing to tune) or "scaled_mm" ((m, k) times (n, k) transposed). dtype: of the
+    unquantized input. format: of the codes, "int" or "e4m3". arch: "sm90", "gfx942", "" without a GPU. processors:
+    streaming multiprocessors or compute units. triton: its version, None where it is not installed. force: what the user
+    asked for by `fqt.backend`. plain: the product is neither added to an existing output nor are its row maxima wanted.
+    kind: of a quantization, what else its speed depends on: words with blanks between, granularity, rounding, layout
+    ("rows", "cols" or "both"), "strided" where x is not contiguous, "stats" where its ranges are given; of
+    "quantize_gradient" both granularities; of "householder" how groups are formed. deterministic:
+    `torch.use_deterministic_algorithms` is on.
     """
 
     op: str
@@ -143,7 +145,7 @@ def _on_cpu(p: Problem) -> Choice:
 
 def _measured(p: Problem, table: Table) -> Choice | None:
     """The best that the table knows and that may be launched for this problem."""
-    if not len(table):
+    if not len(table) or p.op not in OPS:
         return None
     own = table.exact(p)
     known = [("tuned", own)] if own else []
@@ -167,6 +169,8 @@ def _timed(entry: Entry, timing: Timing, which: str) -> str:
 
 def _guessed(p: Problem) -> Choice:
     """The heuristic's choice of a problem that Triton computes."""
+    if p.op == "householder":
+        return Choice("triton", None, "grouping, transform and rounding on the device")
     if p.op != "scaled_mm":
         return Choice("triton", None, "fused statistics and rounding", source="heuristic")
     from fqt_kernels.gemm import MAX_INT32_TERMS

@@ -165,16 +165,16 @@ def _choices() -> list[dict[str, str]]:
     bf16 = dict(dtype=torch.bfloat16)
     problems = [("quantize", (4096, 4096), bf16 | {"kind": "per_row nearest both"})]
     problems += [("quantize_gradient", (4096, 4096), bf16 | {"kind": "per_row per_column"})]
+    problems += [("householder", (4096, 4096), bf16 | {"kind": groups}) for groups in ("global", "tile")]
     problems += [("scaled_mm", shape, {}) for shape in ((128, 128, 128), (4096, 4096, 4096), (576, 64, 200_704))]
     choices = []
     for op, shape, more in problems:
         choice = dispatch.select(dispatch.problem(op, device, *shape, **more), tuning.table(device))
         backend = str(choice).partition(":")[0]
-        choices.append({"op": op, "shape": "x".join(map(str, shape)), "backend": backend, "source": choice.source,
+        name = f"{op} {more['kind']}" if op == "householder" else op
+        choices.append({"op": name, "shape": "x".join(map(str, shape)), "backend": backend, "source": choice.source,
                         "reason": choice.reason})  # fmt: skip
-    householder = {"op": "householder", "shape": "any", "backend": "torch", "source": "",
-                   "reason": "no kernel for BHQ's transform"}  # fmt: skip
-    return [*choices, householder]
+    return choices
 
 
 # ---- running and judging a check

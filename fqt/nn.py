@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from . import ops, rng
+from . import ops, ranges, rng
 from .dispatch import problem, select
 from .qtensor import QTensor
 from .recipe import Recipe
@@ -84,6 +84,7 @@ class Linear(nn.Linear):
         self.fuse_grad_accumulation = False
         device = self.weight.device
         self.register_buffer("_fqt_rng", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
+        self.register_buffer("_fqt_range_state", ranges.new_state(device), persistent=False)
         rng.register(self)
         rng.restart(self)
 
@@ -112,6 +113,7 @@ class Linear(nn.Linear):
         y = ops.linear(
             x, self.weight, self.bias, w.q, w.qt, w.scale, w.offset, w.row_sum, w.col_sum, self._fqt_rng,
             self._fqt_spec, out_dtype, save_x, self.fuse_grad_accumulation and not torch.compiler.is_compiling(),
+            self._fqt_range_state,
         )[0]  # fmt: skip
         return y.reshape(*lead, self.out_features)
 
@@ -175,6 +177,7 @@ class Linear(nn.Linear):
         super()._apply(fn, recurse)
         if on_meta and not self._fqt_rng.is_meta:  # to_empty() left the stream without a value
             rng.restart(self)
+            self._fqt_range_state.zero_()
         return self
 
     def _leave_meta(self) -> None:
@@ -182,6 +185,7 @@ class Linear(nn.Linear):
         stream = self.__dict__.get("_buffers", {}).get("_fqt_rng")
         if stream is not None and stream.is_meta and not self.weight.is_meta:
             self._buffers["_fqt_rng"] = torch.zeros(2, dtype=torch.int64, device=self.weight.device)
+            self._buffers["_fqt_range_state"] = ranges.new_state(self.weight.device)
             rng.restart(self)
 
     def _load_from_state_dict(self, *args, **kwargs):

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from . import products, reference, rng
+from . import gradients, products, ranges, reference, rng
 from .qtensor import Operand, QTensor
+from .ranges import handover
 from .recipe import Quantizer, Recipe
 
 _DEVICES = ("cpu", "cuda")
@@ -85,12 +86,12 @@ def quantize(
     if sums and format == "e4m3":
         raise ValueError("fqt::quantize: sums of codes serve offsets, which e4m3 codes have none of")
     if row_absmax is not None:
-        if row_absmax.dtype != torch.int32 or row_absmax.shape != x.shape[:1]:
+        if row_absmax.dtype != torch.int32 or row_absmax.shape != (1 if granularity == "per_tensor" else x.shape[0],):
             raise ValueError(
-                f"fqt::quantize: row_absmax is (M,) int32, got {row_absmax.dtype} {tuple(row_absmax.shape)}"
+                f"fqt::quantize: row_absmax is (M,) int32, per_tensor (1,), got {row_absmax.dtype} {tuple(row_absmax.shape)}"
             )
-        if (granularity, zero, multiplier) != ("per_row", "symmetric", None):
-            raise ValueError("fqt::quantize: row_absmax goes with a symmetric quantizer per_row and no multiplier")
+        if granularity == "per_column" or zero != "symmetric":
+            raise ValueError("fqt::quantize: row_absmax goes with a symmetric quantizer per_row or per_tensor")
     for name, t in (("rng", rng), ("multiplier", multiplier), ("row_absmax", row_absmax)):
         if t is not None and t.device != x.device:
             raise ValueError(f"fqt::quantize: x is on {x.device}, {name} on {t.device}")
@@ -236,6 +237,7 @@ def linear(
     out_dtype: torch.dtype,
     save_x: bool,
     accumulate: bool = False,
+    range_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Y = Q_f(X) Q_θ(W)ᵀ + bias for X (M, K) and an already quantized W (N, K); the rest is saved for backward.
 
@@ -265,7 +267,7 @@ def linear(
 
 @linear.register_fake
 def _(x, weight, bias, w_q, w_qt, w_scale, w_offset, w_row_sum, w_col_sum, rng, recipe, out_dtype, save_x,
-      accumulate=False):  # fmt: skip
+      accumulate=False, range_state=None):  # fmt: skip
     r = _recipe(recipe)
     (m, k), n = x.shape, w_q.shape[0]
     scale = _fake_scale(x, r.x.granularity)
@@ -278,7 +280,7 @@ def _(x, weight, bias, w_q, w_qt, w_scale, w_offset, w_row_sum, w_col_sum, rng, 
     )
 
 
-@custom_op("fqt::linear_backward", mutates_args=("rng", "w_grad"), device_types=_DEVICES)
+@custom_op("fqt::linear_backward", mutates_args=("rng", "w_grad", "dx_absmax", "range_state"), device_types=_DEVICES)
 def linear_backward(
     dy: Tensor,
     x_qt: Tensor,
@@ -299,10 +301,15 @@ def linear_backward(
     need_w: bool,
     need_bias: bool,
     w_grad: Tensor | None = None,
+    dy_absmax: Tensor | None = None,
+    dy_exact: bool = False,
+    dx_absmax: Tensor | None = None,
+    range_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dX, dW, dbias) of `fqt::linear` from dY (M, N), empty where not needed; advances the step of rng.
 
-    The bias gradient is the column sum of dY itself. w_grad: dW is added to it, and not returned.
+    The bias gradient is the column sum of dY itself. w_grad: dW is added to it, and not returned. dy_absmax, dy_exact: what
+    was handed over of dY's rows; dx_absmax (M,) int32 zeros: becomes what is handed over of dX's (see `fqt.ranges`).
     """
     r = _recipe(recipe)
     random = {"rng": rng, "rank": rank}
@@ -312,14 +319,28 @@ def linear_backward(
         None, _as_codes(x_qt, r), x_scale, _or_none(x_offset, x_offset.numel() > 0), None, _or_none(x_col_sum, r.affine)
     )
     g = h = total = None
-    if need_x and need_w and (both := products.quantized_gradient(dy, w, x, r, need_bias, **random)) is not None:
+    rows = None if dy_absmax is None else ranges.Rows(dy_absmax, dy_exact)
+    g_absmax, h_absmax = (
+        None if z is None or not needed else ranges.row_ranges_for(z, dy, multiplier, rows, state)
+        for z, needed, multiplier, state in zip(
+            (r.dgrad, r.wgrad), (need_x, need_w), gradients.multipliers(w, x, r),
+            (None, None) if range_state is None else range_state, strict=True,
+        )
+    )  # fmt: skip
+    found = g_absmax is None and h_absmax is None
+    if (
+        found
+        and need_x
+        and need_w
+        and (both := gradients.quantized_gradient(dy, w, x, r, need_bias, **random)) is not None
+    ):
         g, h, total = both
     if need_x:
-        dx = products.input_gradient(dy, w, r, x_dtype, g, **random)
+        dx = gradients.input_gradient(dy, w, r, x_dtype, g, g_absmax, dx_absmax, **random)
     if need_bias:
         dbias = (dy.sum(0, dtype=w_scale.dtype) if total is None else total).to(bias_dtype)
     if need_w:  # last: dY may be the very gradient that is added to
-        added = products.weight_gradient(dy, x, r, w_dtype, h, w_grad, **random)
+        added = gradients.weight_gradient(dy, x, r, w_dtype, h, w_grad, h_absmax, **random)
         dw = added if w_grad is None else dw
     rng[1:].add_(1)
     return dx, dw, dbias
@@ -327,7 +348,8 @@ def linear_backward(
 
 @linear_backward.register_fake
 def _(dy, x_qt, x_scale, x_offset, x_col_sum, w_qt, w_scale, w_offset, w_col_sum, rng, rank, recipe,
-      x_dtype, w_dtype, bias_dtype, need_x, need_w, need_bias, w_grad=None):  # fmt: skip
+      x_dtype, w_dtype, bias_dtype, need_x, need_w, need_bias, w_grad=None, dy_absmax=None, dy_exact=False,
+      dx_absmax=None, range_state=None):  # fmt: skip
     m, n = dy.shape
     return (
         dy.new_empty((m, w_qt.shape[0]) if need_x else 0, dtype=x_dtype),
@@ -337,30 +359,52 @@ def _(dy, x_qt, x_scale, x_offset, x_col_sum, w_qt, w_scale, w_offset, w_col_sum
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, weight, bias, _, w_qt, w_scale, w_offset, _, w_col_sum, rng_state, recipe, _, save_x, accumulate = inputs
+    x, weight, bias, _, w_qt, w_scale, w_offset, _, w_col_sum, rng_state, recipe, _, save_x, accumulate, state = inputs
+    ctx.range_state = state
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:], w_qt, w_scale, w_offset, w_col_sum)
     ctx.rng, ctx.recipe, ctx.save_x = rng_state, recipe, save_x
     ctx.parameter = weight if accumulate else None
+    ctx.follows = ranges.follows_linear(x)
     ctx.dtypes = (x.dtype, weight.dtype, x.dtype if bias is None else bias.dtype)
 
 
 def _backward(ctx, dy, *_):
     if dy is None:
-        return (None,) * 14
+        return (None,) * 15
     need_x, need_w, need_bias = ctx.needs_input_grad[:3]
     saved = ctx.saved_tensors  # once: under activation checkpointing each reading recomputes
     if (need_x and saved[4] is None) or (need_w and not ctx.save_x):
         raise RuntimeError("fqt::linear: a gradient is asked for that nothing was saved for (save_x, w_qt)")
     w_grad = _grad_to_add_to(ctx.parameter) if need_w else None
+    z, w = (_recipe(ctx.recipe).dgrad, _recipe(ctx.recipe).w)
+    rows = left = None
+    if z is not None and ranges.uses_rows(z, w.granularity == "per_row") and handover.serves(dy):
+        rows = handover.take(dy)
+        left = dy.new_zeros(dy.shape[0], dtype=torch.int32) if need_x and ctx.follows else None
+    handed = (None, False) if rows is None else rows
     dx, dw, dbias = linear_backward(
-        dy, *saved, ctx.rng, rng.rank(), ctx.recipe, *ctx.dtypes, need_x, need_w, need_bias, w_grad
+        dy,
+        *saved,
+        ctx.rng,
+        rng.rank(),
+        ctx.recipe,
+        *ctx.dtypes,
+        need_x,
+        need_w,
+        need_bias,
+        w_grad,
+        *handed,
+        left,
+        ctx.range_state,
     )
+    if left is not None:
+        handover.leave(dx, ranges.Rows(left, exact=z.range != "delayed"))
     if torch.is_grad_enabled():  # create_graph=True
         dx, dw, dbias = _NoSecondDerivative.apply(dy.new_empty(0, requires_grad=True), dx, dw, dbias)
     dw = dw if need_w and w_grad is None else None
-    return (dx if need_x else None, dw, dbias if need_bias else None, *(None,) * 11)
+    return (dx if need_x else None, dw, dbias if need_bias else None, *(None,) * 12)
 
 
 def _grad_to_add_to(parameter: Tensor | None) -> Tensor | None:

@@ -68,6 +68,8 @@ class Quantizer:
             raise ValueError(f"householder needs granularity 'per_row', got {self.granularity!r}")
         if not self.householder and (self.groups != "global" or self.auto):
             raise ValueError(f"groups and auto belong to the householder transform, got {self}")
+        if self.range != "exact" and (self.zero != "symmetric" or self.granularity == "per_column" or self.householder):
+            raise ValueError(f"range {self.range!r} goes with symmetric codes per tensor or per row, got {self}")
         if self.format == "e4m3" and (self.bits != 8 or self.zero != "symmetric" or self.householder):
             raise ValueError(f"e4m3 codes have 8 bits, are symmetric and take no householder transform, got {self}")
 
@@ -103,8 +105,10 @@ class Recipe:
             q = getattr(self, name)
             if q is None:
                 continue
-            if q.rounding != "nearest" or q.householder:
-                raise ValueError(f"{name} is rounded to nearest and has no householder transform, got {q}")
+            if q.rounding != "nearest" or q.householder or q.range != "exact":
+                raise ValueError(
+                    f"{name} is rounded to nearest, has an exact range and no householder transform, got {q}"
+                )
             if q.granularity == "per_column" or (q.granularity == "per_row" and q.zero != "symmetric"):
                 raise ValueError(f"{name} is per_tensor, or per_row and symmetric, got {q}")
         if self.dgrad is not None and self.dgrad.granularity == "per_column":

@@ -165,8 +165,8 @@ def quantize(
         rng, stream, rank: of the stochastic rounding, see `random_bits`.
         rows, cols: whether to return the codes row-major, transposed, or both.
         sums: whether to return the sums of the codes along the rows (if rows) and the columns (if cols).
-        row_absmax: (M,) int32, the largest magnitudes of the rows as the producer of x found them (see `widen_row_absmax`),
-            for a symmetric quantizer per_row without a multiplier.
+        row_absmax: (M,) int32, or (1,) per_tensor: bits of the magnitudes that x * multiplier is quantized with, instead
+            of those found in it (see `fqt.ranges`); of a symmetric quantizer, not per_column. What is larger clips.
 
     Returns:
         QTensor of int8 or float8_e4m3fn codes. A NaN or an infinity makes its whole row (per_row), column or tensor
@@ -185,6 +185,10 @@ def quantize(
     scale, inv, z, i, offset = quantization_params(lo, hi, quantizer.bits, quantizer.zero, quantizer.format)
     y = y * inv if quantizer.zero == "symmetric" else (y - z) * inv + i
     y = y.nan_to_num(0.0)  # NaN has no code; the scale carries it
+    if (
+        row_absmax is not None and not e4m3
+    ):  # a range that does not hold: fixed point has no room for what is far beyond it
+        y = y.clamp(1 - 2 ** (quantizer.bits - 1), 2 ** (quantizer.bits - 1) - 1)
     bits = random_bits(rng, m, n, stream=stream, rank=rank) if quantizer.rounding == "stochastic" else None
     symmetric = quantizer.zero == "symmetric"
     if e4m3:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import dispatch, reference
+from . import dispatch, reference, selftest_householder
 from .candidates import MORE_LONG_ROWS, MORE_TILES, candidates
 from .qtensor import Operand
 from .recipe import GRANULARITIES, ROUNDINGS, ZEROS, Quantizer, Recipe
@@ -46,6 +46,8 @@ def kernel_checks(device: torch.device, interpreter: bool = False) -> Iterator[C
     yield from _quantize_checks(device)
     yield from _gradient_checks(device)
     yield from _scaled_mm_checks(device, interpreter)
+    if interpreter or "int" in formats_with_kernels(device):
+        yield from (Check(*check) for check in selftest_householder.checks(device))
 
 
 def formats_with_kernels(device: torch.device) -> list[str]:
@@ -402,7 +404,7 @@ def layer_checks(device: torch.device, interpreter: bool = False) -> Iterator[Ch
 
 
 def _layer_case(name: str, device: torch.device, backend: str) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    from . import nn, products, rng
+    from . import gradients, nn, rng
 
     recipe = Recipe.parse(name)
     generator = torch.Generator().manual_seed(3)
@@ -422,14 +424,14 @@ def _layer_case(name: str, device: torch.device, backend: str) -> dict[str, tupl
     xq, wq = (reference.quantize(t, q, cols=True, sums=sums) for t, q in ((x, recipe.x), (w, recipe.w)))
     fold_w, fold_x = (q.granularity == "per_row" for q in (recipe.w, recipe.x))
     g = reference.quantize(
-        dy, recipe.dgrad, multiplier=wq.scale.t() if fold_w else None, rng=state, stream=products.DGRAD, sums=sums
+        dy, recipe.dgrad, multiplier=wq.scale.t() if fold_w else None, rng=state, stream=gradients.DGRAD, sums=sums
     )
     h = reference.quantize(
         dy,
         recipe.wgrad,
         multiplier=xq.scale if fold_x else None,
         rng=state,
-        stream=products.WGRAD,
+        stream=gradients.WGRAD,
         cols=True,
         sums=sums,
     )

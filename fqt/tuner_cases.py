@@ -170,14 +170,14 @@ def _quantization(
     problem: Problem, candidates: tuple[Candidate, ...], device: torch.device, sets: int
 ) -> Iterator[tuple]:
     from fqt_kernels.quantize import quantize
+    from fqt_kernels.statistics import is_symmetric, row_stats
 
     words = problem.kind.split()
     granularity = next(word for word in words if word.startswith("per_"))
     z = _quantizer(granularity, problem.format, "stochastic" if "stochastic" in words else "nearest")
     layout = {"rows": "cols" not in words, "cols": "cols" in words or "both" in words}
     x, rng = _matrices(problem, device, sets), _rng(device)
-    # The ranges of rows as the kernel that made x would have left them (`reference.widen_row_absmax`).
-    stats = [t.float().abs().amax(1).view(torch.int32)[None, None] if "stats" in words else None for t in x]
+    stats = [row_stats(t, granularity, is_symmetric(_zero(z))) if "stats" in words else None for t in x]
     expected = functools.cache(lambda i: _exactly(x[i], z, rng=rng, **layout))
 
     for candidate in candidates:

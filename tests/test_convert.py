@@ -298,7 +298,7 @@ def test_a_model_that_is_faster_in_bf16_is_no_failure(h100):
     assert type(model[0]) is nn.Linear and not report.converted
 
 
-@pytest.mark.parametrize(("recipe", "says"), [("bhq4", "Householder"), ("qat8", "float32")])
+@pytest.mark.parametrize(("recipe", "says"), [("qat8", "float32")])
 def test_a_recipe_without_a_prediction_is_refused_before_anything_is_converted(recipe, says, h100):
     model = wide_and_narrow()
     with pytest.raises(ValueError, match=rf"only_if_faster: no prediction for 1 with recipe {recipe}.*{says}"):
@@ -363,5 +363,5 @@ def test_explain_prints_the_terms_of_the_prediction(h100):
     for term in (*expected.products, *expected.passes):
         assert f"{term.ms:.4f} ms" in text
     assert "6 bytes an element, 100.7 MB" in text  # of X: 6 · 4096 · 4096
-    bhq = fqt.nn.Linear(16, 8, recipe="bhq4")
-    assert "not predicted: the block Householder" in convert.explanation(bhq, torch.empty(8, 16))
+    bhq = convert.explanation(fqt.nn.Linear(16, 8, recipe="bhq4"), torch.empty(8, 16))
+    assert "quantize dY for dgrad, block Householder" in bhq and "inverse of dX" in bhq

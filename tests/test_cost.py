@@ -123,6 +123,22 @@ def test_small_layers_pay_for_waves_and_launches():
     assert small > 5 and 1 < large < 1.15
 
 
+def test_the_householder_transform_costs_its_passes():
+    """bhq beside psq: dY is read three times and dX leaves the product in float32; auto compares; tiles need no inverse."""
+
+    def bytes_of(name):
+        prediction = cost.linear(64, 32, 16, Recipe.parse(name), ceilings())
+        return {p.name: p.bytes_per_element for p in prediction.passes}
+
+    psq = bytes_of("psq4")
+    assert psq["dY"] == 6 and "dX" not in psq
+    assert bytes_of("bhq4") == psq | {"dY": 8, "dX": 8}
+    assert bytes_of("auto4") == psq | {"dY": 10, "dX": 8}
+    assert bytes_of("bhq4-tile") == psq | {"dY": 8}
+    passes = {p.name: p.elements for p in cost.linear(64, 32, 16, Recipe.bhq(4), ceilings()).passes}
+    assert passes == {"X": 64 * 16, "W": 32 * 16, "dY": 64 * 32, "dX": 64 * 16}
+
+
 # ---- what is not predicted
 
 
@@ -131,7 +147,6 @@ def test_small_layers_pay_for_waves_and_launches():
     [
         (Recipe.exact(), "nothing is quantized"),
         (Recipe.qat(8), "float32"),
-        (Recipe.bhq(4), "Householder"),
     ],
 )
 def test_a_recipe_that_the_model_does_not_cover_is_refused(recipe, says):

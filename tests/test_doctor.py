@@ -61,7 +61,8 @@ def test_the_report_says_what_is_tuned_and_where_it_is_kept(no_kernels, monkeypa
     sources = {choice["op"] + choice["shape"]: choice["source"] for choice in report["dispatch"]}
     assert sources == {
         "quantize4096x4096": "tuned", "quantize_gradient4096x4096": "heuristic", "scaled_mm128x128x128": "heuristic",
-        "scaled_mm4096x4096x4096": "tuned", "scaled_mm576x64x200704": "heuristic", "householderany": "",
+        "scaled_mm4096x4096x4096": "tuned", "scaled_mm576x64x200704": "heuristic",
+        "householder global4096x4096": "", "householder tile4096x4096": "",
     }  # fmt: skip
     text = doctor.summary(report)
     assert f"2 entries for this device; store {tmp_path}, hit 1, stale: quantize 2" in text

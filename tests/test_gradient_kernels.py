@@ -7,7 +7,7 @@ import torch
 import fqt_kernels.gradient as kernels
 import fqt_kernels.statistics as statistics
 from fqt import reference
-from fqt.products import DGRAD, WGRAD
+from fqt.gradients import DGRAD, WGRAD
 from fqt.recipe import Quantizer, Recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fqt import reference
-from fqt.householder import Householder, cube_root, group_rows
+from fqt.householder import Householder, cube_root, group_rows, square_root
 from fqt.recipe import Quantizer
 
 BHQ, PSQ = (lambda bits, h=h: Quantizer(bits, "per_row", "min", "stochastic", h) for h in (True, False))
@@ -160,6 +160,14 @@ def test_a_million_rows_are_grouped():
     ends = itertools.accumulate(s - 1 for s in size[:count])
     for i, end in enumerate(ends):
         assert end == (2 * (n - count) * total[i] + total[count - 1]) // (2 * total[count - 1])
+
+
+def test_the_square_root_is_one():
+    """To 1 ulp: a quotient, a sum and a half after convergence."""
+    n = torch.arange(1, 2**20 + 1, dtype=torch.float64)
+    root = square_root(n)
+    assert float((root * root / n - 1).abs().max()) <= 2.5 * 2.0**-52
+    assert torch.equal(square_root((n * n)[:2048]), n[:2048])
 
 
 def test_the_cube_root_is_one():

@@ -7,7 +7,7 @@ import torch
 from laws import poisoned, random_state
 from torch.library import opcheck
 
-from fqt import dispatch, ops, products, reference
+from fqt import dispatch, gradients, ops, products, reference
 from fqt.qtensor import Operand
 from fqt.recipe import Quantizer, Recipe
 
@@ -119,8 +119,8 @@ def test_strided_row_maxima_and_random_state_are_read_as_they_are():
     (dict(row_absmax=torch.zeros(4, dtype=torch.int32)), ValueError, "row_absmax"),
     (dict(row_absmax=torch.zeros(5)), ValueError, "row_absmax"),
     (dict(row_absmax=torch.zeros(5, dtype=torch.int32), zero="min"), ValueError, "symmetric"),
-    (dict(row_absmax=torch.zeros(5, dtype=torch.int32), granularity="per_tensor"), ValueError, "per_row"),
-    (dict(row_absmax=torch.zeros(5, dtype=torch.int32), multiplier=torch.ones(1, 9)), ValueError, "multiplier"),
+    (dict(row_absmax=torch.zeros(5, dtype=torch.int32), granularity="per_tensor"), ValueError, "per_tensor"),
+    (dict(row_absmax=torch.zeros(5, dtype=torch.int32), granularity="per_column"), ValueError, "per_row"),
     (dict(format="e5m2"), ValueError, "e5m2"),
     (dict(format="e4m3", sums=True), ValueError, "sums"),
     (dict(format="e4m3", bits=7), ValueError, "8 bits"),
@@ -207,7 +207,7 @@ def test_dgrad_and_wgrad_draw_independent_bits():
     """The two quantizations of one dY must not share bits: their codes' rounding errors are uncorrelated."""
     dy = torch.randn(64, 64)
     errors = []
-    for stream in (products.DGRAD, products.WGRAD):
+    for stream in (gradients.DGRAD, gradients.WGRAD):
         q = Quantizer(4, "per_tensor", "symmetric", "stochastic")
         errors.append(products.quantized(dy, q, rng=random_state(), stream=stream).dequantize() - dy)
     correlation = torch.corrcoef(torch.stack([e.flatten() for e in errors]))[0, 1]
@@ -259,5 +259,5 @@ def test_nothing_waits_for_the_device(recipe):
         xq = reference.quantize(x, r.x, cols=True, sums=True)
         wq = reference.quantize(w, r.w, cols=True, sums=True)
         assert products.product(xq.rows(), wq.rows()).shape == (200, 4)
-        assert products.input_gradient(dy, wq, r, torch.float32, **random).shape == (200, 9)
-        assert products.weight_gradient(dy, xq, r, torch.float32, **random).shape == (4, 9)
+        assert gradients.input_gradient(dy, wq, r, torch.float32, **random).shape == (200, 9)
+        assert gradients.weight_gradient(dy, xq, r, torch.float32, **random).shape == (4, 9)

@@ -5,6 +5,7 @@ import torch
 from products import pair
 
 import fqt
+import fqt.gradients
 import fqt.products
 from fqt.dispatch import Choice
 from fqt.recipe import Quantizer
@@ -15,7 +16,8 @@ def launched(monkeypatch, choice, module, name, run):
     """The keyword arguments of the one call of a launcher, where dispatch makes this choice, and what `run` returns."""
     asked, seen = [], []
     launcher = getattr(module, name)
-    monkeypatch.setattr(fqt.products, "choose", lambda *args, **kwargs: asked.append((args, kwargs)) or choice)
+    for owner in (fqt.products, fqt.gradients):
+        monkeypatch.setattr(owner, "choose", lambda *args, **kwargs: asked.append((args, kwargs)) or choice)
     monkeypatch.setattr(module, name, lambda *args, **kwargs: seen.append(kwargs) or launcher(*args, **kwargs))
     result = run()
     assert len(asked) == len(seen) == 1
@@ -57,7 +59,7 @@ def test_both_quantizations_of_a_gradient_are_launched_as_chosen(monkeypatch):
     recipe = fqt.Recipe.parse("int8")
     dy, rng = torch.randn(32, 48), torch.zeros(2, dtype=torch.int64)
     x, w = (fqt.reference.quantize(torch.randn(rows, 16), q) for rows, q in ((32, recipe.x), (48, recipe.w)))
-    run = lambda: fqt.products.quantized_gradient(dy, w, x, recipe, False, rng=rng, rank=0)  # noqa: E731
+    run = lambda: fqt.gradients.quantized_gradient(dy, w, x, recipe, False, rng=rng, rank=0)  # noqa: E731
     choice = Choice("triton", (64, 32, 8), "", "tile")
     (args, more), options, _ = launched(monkeypatch, choice, gradient, "quantize_gradient", run)
     assert args == ("quantize_gradient", dy.device, 32, 48) and more["kind"] == "per_row per_column"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fqt import cost, reference
 from fqt.cost import Ceilings
-from fqt.products import DGRAD, WGRAD
+from fqt.gradients import DGRAD, WGRAD
 from fqt.qtensor import QTensor
 from fqt.recipe import Quantizer, Recipe
 

@@ -32,6 +32,19 @@ SMOKE: dict[str, tuple[str, ...]] = {
     "64x128x128 w4 s4 fp8 scales even": ("_scaled_mm_kernel",),
     "128x256x128 w8 s4 scales even": ("_hopper_scaled_mm_kernel",),
     "epilogue scales even": ("_epilogue_kernel",),
+    "row ranges even": ("_row_ranges_kernel",),
+    "groups global even": ("_leaders_kernel", "_groups_kernel"),
+    "groups tile even": ("_tile_groups_kernel",),
+    "bhq n4096 auto min stochastic": (
+        "_group_absmax_kernel",
+        "_follower_sums_kernel",
+        "_follower_totals_kernel",
+        "_transform_kernel",
+        "_choose_kernel",
+    ),
+    "bhq n28672 auto min stochastic": ("_long_transform_kernel",),
+    "inverse bfloat16": ("_inverse_kernel",),
+    "128x128x128 c2 w8 s3 householder scales even": ("_householder_weights_kernel", "_householder_mm_kernel"),
 }
 SMOKE_ARCH = "sm_90"
 SELECTIONS = ("smoke", "full")

@@ -13,7 +13,7 @@ from torch import Tensor
 import fqt
 import fqt.nn
 from fqt import cost, dispatch, reference
-from fqt.products import DGRAD, WGRAD
+from fqt.gradients import DGRAD, WGRAD
 from fqt.qtensor import QTensor
 from fqt.recipe import Quantizer, Recipe
 

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 import fqt
 import fqt.nn
-from fqt import products, reference
-from fqt.householder import Householder
-from fqt.products import DGRAD, WGRAD
+from fqt import gradients, products, reference
+from fqt.gradients import DGRAD, WGRAD
 from fqt.qtensor import QTensor
 from fqt.recipe import Quantizer, Recipe
 
@@ -56,7 +55,6 @@ def quantize(m: int, n: int, device: torch.device, sets: int = 2) -> Case:
                        **peer("torch", device), tag="copy")  # fmt: skip
     candidates = [copied, *(_quantization(x, z, layout, rng, read) for z, layout in QUANTIZATIONS)]
     candidates += [_gradient(name, x, rng, read) for name in GRADIENTS]
-    candidates.append(_householder(x, read))
     return Case("quantize", f"{m}x{n}", "GB/s", copied.name, tuple(candidates), sets)
 
 
@@ -114,7 +112,7 @@ def _gradient(name: str, dy: list[Tensor], rng: Tensor, read: float) -> Candidat
     }
 
     def run(i: int) -> tuple[QTensor, QTensor]:
-        fused = products.quantized_gradient(dy[i], w, x, r, False, rng=rng, rank=0)
+        fused = gradients.quantized_gradient(dy[i], w, x, r, False, rng=rng, rank=0)
         if fused is not None:
             return fused[:2]
         return tuple(products.quantized(dy[i], getattr(r, side), rng=rng, **how) for side, how in sides.items())
@@ -126,20 +124,6 @@ def _gradient(name: str, dy: list[Tensor], rng: Tensor, read: float) -> Candidat
 
     return Candidate(f"gradient of {name}, both quantizations", run, check, bytes=read + 2 * dy[0].numel(),
                      tag=f"gradient {name}")  # fmt: skip
-
-
-def _householder(dy: list[Tensor], read: float) -> Candidate:
-    """BHQ's transform of the rows and its inverse."""
-
-    def run(i: int) -> Tensor:
-        y = dy[i].float()
-        transform = Householder.of(y)
-        return transform.inverse(transform.apply(y))
-
-    # A reflection of the M rows and its inverse, in sums of at most M terms of float32.
-    bound = 2 * dy[0].shape[0] * 2.0**-24
-    return Candidate("Householder transform and inverse", run, lambda out, i: check_near(out, dy[i], bound),
-                     bytes=2 * read, tag="householder")  # fmt: skip
 
 
 # ---- the product

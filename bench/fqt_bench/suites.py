@@ -12,11 +12,11 @@ import torch
 
 from fqt.suites import SUITES
 
-from . import cases, layers, operators, optim, products, train
+from . import cases, householder, layers, operators, optim, products, train
 from .harness import Effort, Timer, repeat
 from .providers import has_fp8
 
-NAMES = ("smoke", "kernels", "layers", "optim", "train")
+NAMES = ("smoke", "kernels", "layers", "optim", "train", "householder")
 FAMILIES = ("exact", "qat8", "ptq8", "psq8", "bhq8", "int8", "fp8")  # a recipe of each
 
 
@@ -47,6 +47,7 @@ FRONTIER = tuple(dict.fromkeys((m, n, k) for name in ("cubes", "llama-8b", "bert
 ODD = ((4095, 4095, 4095), (1000, 1000, 1000), (64, 4096, 4096), (8192, 64, 1024), (128, 128, 128))
 LAYERS = ((2048, 2048, 2048), (16384, 4096, 1024), (8192, 6144, 4096), (512, 1024, 1024), (64, 4096, 4096))
 BRIEF = Effort(rounds=30, min_rounds=8, limit_s=0.5, warm_up_s=0.1)
+DENSE = Effort(rounds=40, min_rounds=7, limit_s=10, warm_up_s=0.1, warm_up_rounds=1)  # whose products take a second
 SMOKE = Effort(rounds=15, min_rounds=5, limit_s=1.2, warm_up_s=0.05, warm_up_rounds=1)
 
 
@@ -82,6 +83,7 @@ def _smoke(device: torch.device) -> list[Plan]:
         _plan(operators.product, "gemm", size, 1, device, effort=SMOKE),
         _plan(linear, "linear fwd+bwd", size, 2, device, effort=SMOKE),
         _plan(_conversion, "convert", (4, 128, 128), 1, device, effort=SMOKE),
+        _householder(size, 2, device, effort=SMOKE),
     ]
 
 
@@ -98,6 +100,12 @@ def _conversion(count: int, n: int, k: int, device: torch.device, sets: int = 1)
     return operators.conversion(n, device)
 
 
+def _householder(shape: Sequence[int], needs_s: float, device: torch.device, source: str = householder.SOURCES[0],
+                 effort: Effort | None = None, **parts: bool) -> Plan:  # fmt: skip
+    build = functools.partial(householder.case, source=source, **parts)
+    return _plan(build, householder.title(source), shape, needs_s, device, effort=effort)
+
+
 def _on_cpu(suite: str, device: torch.device, quick: bool) -> list[Plan]:
     """Small shapes of the CPU backend, which is made to be exact and readable, not fast."""
     if suite == "kernels":
@@ -111,6 +119,11 @@ def _on_cpu(suite: str, device: torch.device, quick: bool) -> list[Plan]:
             _plan(functools.partial(_linear, names=FAMILIES), "linear fwd+bwd", shape, 5, device),
             _entries("repeats", shape, 2, device, _repeats_of_layers, "linear fwd+bwd"),
         ]
+    if suite == "householder":
+        large, others = (4096, 1024, 1024), householder.SOURCES[1:]
+        sizes = {(128, 512, 512): 15, (512, 512, 512): 20, (2048, 1024, 1024): 40, large: 60}
+        return [*(_householder(shape, needs_s, device, effort=DENSE) for shape, needs_s in sizes.items()),
+                *(_householder(large, 20, device, source, DENSE, authors=False) for source in others)]  # fmt: skip
     return _steps(suite, device, ((1024, 1024),), ((128, 256, 3),), ((8, 32, 128, 2),))
 
 
@@ -127,11 +140,12 @@ def _on_gpu(suite: str, device: torch.device, quick: bool) -> list[Plan]:
     if suite == "kernels":
         repeats = [_entries("repeats", shape, 6, device, _repeats_of_products, "gemm") for shape in (SPLIT, STEP)]
         if quick:
-            return [gemm(SMALL, 15), quantize(SMALL[:2], 10), *repeats]
+            return [gemm(SMALL, 15), quantize(SMALL[:2], 10), *repeats, _householder(SMALL, 8, device, authors=False)]
         brief = functools.partial(products.gemm, every=False)
         frontier = [_plan(brief, "gemm", shape, 2, device, effort=BRIEF) for shape in (*ODD, *FRONTIER)]
         return [gemm(LARGE, 15), quantize(LARGE[:2], 15), *repeats, gemm(SMALL, 10), gemm(SPLIT, 10), gemm(W13, 12),
-                gemm(W2, 12), quantize(SMALL[:2], 8), quantize((32768, 1024), 8), *frontier]  # fmt: skip
+                gemm(W2, 12), quantize(SMALL[:2], 8), quantize((32768, 1024), 8), *frontier,
+                *(_householder(shape, 10, device, authors=False) for shape in (LARGE, SMALL))]  # fmt: skip
     if suite == "layers":
         entries = [_entries("memory", STEP, 5, device, _memory),
                    _entries("repeats", STEP, 6, device, _repeats_of_layers, "linear fwd+bwd")]  # fmt: skip
@@ -141,6 +155,15 @@ def _on_gpu(suite: str, device: torch.device, quick: bool) -> list[Plan]:
         frontier = [_plan(brief, "linear fwd+bwd", shape, 3, device, effort=BRIEF) for shape in LAYERS]
         return [linear(LARGE, 20), *entries, linear(W13, 20), linear(W2, 15), linear(SMALL, 10), linear(VIT, 15),
                 _entries("launches", STEP, 8, device, _launches), *frontier]  # fmt: skip
+    if suite == "householder":
+        if quick:
+            return [_householder(SMALL, 15, device)]
+        # The authors fill their matrices on the CPU: seconds for one of 16384 rows.
+        against, largest = {LARGE: 40, SMALL: 15, W13: 40, W2: 40}, (16384, 4096, 4096)
+        return [*(_householder(shape, needs_s, device) for shape, needs_s in against.items()),
+                *(_householder(LARGE, 10, device, source, authors=False) for source in householder.SOURCES[1:]),
+                *(_householder(shape, 6, device, effort=BRIEF, authors=False) for shape in FRONTIER
+                  if shape not in (*against, largest)), _householder(largest, 90, device, effort=BRIEF)]  # fmt: skip
     if quick:
         return _steps(suite, device, ((4096, 4096),), ((4096, 2048, 4),), ())
     return _steps(suite, device, ((4096, 4096), (14336, 4096)), ((8192, 4096, 4),), ((16, 512, 1024, 4),))

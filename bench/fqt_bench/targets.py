@@ -10,6 +10,8 @@ from typing import Any
 from fqt.cli import table
 
 from .harness import DOES_NOT_FIT
+from .householder import SUITE as HOUSEHOLDER
+from .householder import costs
 from .products import DISPATCHED
 
 HEADER = ("case", "shape", "candidate", "ms", "p10-p90", "rate", "ratio", "95 %", "prediction", "verdict")
@@ -68,10 +70,14 @@ def _shown(value: float, unit: str) -> str:
 
 
 def best(result: Result, suite: str, shape: str, tags: Sequence[str], field: str = "tops") -> float | None:
-    """The largest figure of the candidates with one of these tags that passed their checks."""
-    found = [c[field] for case in result["cases"] if (case["suite"], case["shape"]) == (suite, shape)
-             for c in case["candidates"] if c["tag"] in tags and c["status"] == "ok" and c.get(field)]  # fmt: skip
-    return max(found, default=None)
+    """The largest figure of the candidates with one of these tags that passed their checks; "per_ms": runs in one."""
+    found = [_figure(c, field) for case in result["cases"] if (case["suite"], case["shape"]) == (suite, shape)
+             for c in case["candidates"] if c["tag"] in tags and c["status"] == "ok"]  # fmt: skip
+    return max(filter(None, found), default=None)
+
+
+def _figure(candidate: dict[str, Any], field: str) -> float | None:
+    return 1 / candidate["ms"]["median"] if field == "per_ms" else candidate.get(field)
 
 
 def _rate(suite: str, shape: str, tags: Sequence[str]) -> Callable[[Result], float | None]:
@@ -84,6 +90,21 @@ def _over(suite: str, shape: str, tags: Sequence[str], base: Sequence[str], fiel
     def measure(result: Result) -> float | None:
         ours, theirs = (best(result, suite, shape, t, field) for t in (tags, base))
         return None if ours is None or theirs is None else ours / theirs
+
+    return measure
+
+
+def _beyond_psq(shape: str, tag: str) -> Callable[[Result], float | None]:
+    """What BHQ's whole input gradient takes beyond PSQ's, in percent of the product that they have in common: statistics,
+    grouping, transform and quantization less PSQ's quantization, and the inverse, or what the product with it takes more.
+    """
+
+    def measure(result: Result) -> float | None:
+        runs = [best(result, HOUSEHOLDER, shape, [t], "per_ms") for t in (tag, "psq whole", "product")]
+        if None in runs:
+            return None
+        ours, psq, product = (1 / r for r in runs)
+        return 100 * (ours - psq) / product
 
     return measure
 
@@ -121,6 +142,10 @@ TARGETS = (
            _over(QUANTIZE, SQUARE, ["rows nearest"], ["rows stochastic"], "gb_s"), at_most=True),
     Target("T6", "stochastic over nearest time, both layouts", 1.10,
            _over(QUANTIZE, SQUARE, ["both nearest"], ["both stochastic"], "gb_s"), at_most=True),
+    Target("T8", "BHQ beyond PSQ, of dgrad at 8192³", 10, _beyond_psq(CUBE8, "whole global"), "%", at_most=True),
+    Target("T8", "BHQ in tiles beyond PSQ, of dgrad at 8192³", 10, _beyond_psq(CUBE8, "whole tile"), "%", at_most=True),
+    Target("T8", "BHQ beyond PSQ, of dgrad at 4096³", 15, _beyond_psq(CUBE4, "whole global"), "%", at_most=True),
+    Target("T8", "BHQ in tiles beyond PSQ, of dgrad at 4096³", 15, _beyond_psq(CUBE4, "whole tile"), "%", at_most=True),
     Target("T9", "bytes that a forward saves over bf16's", 0.52, _saved, at_most=True),
     Target("T10", "candidates whose runs are bit-identical", 100, _repeated, "%"),
 )  # fmt: skip
@@ -175,7 +200,11 @@ def report(result: Result) -> str:
         "prediction: fqt.cost before this run",
         table([HEADER[i] for i in wide], [[row[i] for i in wide] for row in rows], right=right),
     ]
-    if {"kernels", "layers"} & set(result["suites"]):
+    of_bhq = [costs(case) for case in result["cases"] if case["suite"].split(",")[0] == HOUSEHOLDER]
+    if of_bhq:
+        where = "on the CPU; a GPU: not measured" if e["device"] == "cpu" else "on the GPU"
+        sections += [f"What BHQ costs, {where}. Times over those of the product that computes dX, and of PSQ", *of_bhq]
+    if {"kernels", "layers", HOUSEHOLDER} & set(result["suites"]):
         targets = [t.row(result) for t in TARGETS]
         sections.append(table(("", "target", "bound", "measured", "verdict"), targets, right=(2, 3)))
     counted = [f"{len(result['counters'])} entries of noise-free counters"] if result["counters"] else []

@@ -175,6 +175,8 @@ def round_codes(y, words, BITS: tl.constexpr, ZERO: tl.constexpr, STOCHASTIC: tl
     to a multiple of 2⁻¹⁶, so that an integer stays as it is; y comes times 2¹⁶ then, and words are `random_words`.
     CLIP: y may be outside of the range of the codes by more than a rounding error.
     """
+    if CLIP and ZERO != 3:  # an int32 has room for 2¹⁴ codes in 16.16, and for the bits on top; NaN stays
+        y = tl.where(y > 1073741824.0, 1073741824.0, tl.where(y < -1073741824.0, -1073741824.0, y))
     if ZERO == 3:
         return _e4m3_bytes(y, words, STOCHASTIC, PTX)
     elif PTX and inline_ptx():

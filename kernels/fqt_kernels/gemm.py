@@ -178,11 +178,28 @@ def _halves(x):
 def _finish(out, vectors, c_ptr, row_absmax_ptr, first_m, first_n, M, N, terms, stride_cm, stride_sa, stride_sb,
             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ADD: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
     """Scale the sums of products of the chunk at (first_m, first_n), add what the offsets and the bias do, and store it."""
-    a_scale_ptr, b_scale_ptr, a_offset_ptr, b_offset_ptr, a_sum_ptr, b_sum_ptr, bias_ptr = vectors
     offs_m = first_m + tl.arange(0, BLOCK_M)
     offs_n = first_n + tl.arange(0, BLOCK_N)
     mask_m = offs_m < M
     mask_n = offs_n < N
+    out = _affine(out, vectors, offs_m, offs_n, mask_m, mask_n, terms, stride_sa, stride_sb)
+    m, n = tile_offsets(BLOCK_M, BLOCK_N, WIDE)
+    c_ptrs = c_ptr + (first_m * stride_cm + first_n) + (m * stride_cm + n)
+    mask = mask_m[:, None] & mask_n[None, :]
+    if ADD:
+        out += tl.load(c_ptrs, mask=mask, other=0.0).to(tl.float32)
+    out = out.to(c_ptr.dtype.element_ty)
+    tl.store(c_ptrs, out, mask=mask)
+    if row_absmax_ptr is not None:
+        # As stored. Integer maxima do not depend on the order of the atomics, and a NaN is the largest of all.
+        absmax = tl.max(tl.where(mask, magnitude(out.to(tl.float32)), -2147483648), 1)
+        tl.atomic_max(row_absmax_ptr + offs_m, absmax, mask=mask_m, sem="relaxed")
+
+
+@triton.jit
+def _affine(out, vectors, offs_m, offs_n, mask_m, mask_n, terms, stride_sa, stride_sb):
+    """Sums of products of these rows and columns scaled, with what the offsets and the bias add."""
+    a_scale_ptr, b_scale_ptr, a_offset_ptr, b_offset_ptr, a_sum_ptr, b_sum_ptr, bias_ptr = vectors
     sa = tl.load(a_scale_ptr + offs_m * stride_sa, mask=mask_m, other=0.0)[:, None]
     out *= sa
     if b_scale_ptr is not None:
@@ -201,17 +218,7 @@ def _finish(out, vectors, c_ptr, row_absmax_ptr, first_m, first_n, M, N, terms, 
         out += tl.load(b_offset_ptr) * sa * row
     if bias_ptr is not None:
         out += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)[None, :].to(tl.float32)
-    m, n = tile_offsets(BLOCK_M, BLOCK_N, WIDE)
-    c_ptrs = c_ptr + (first_m * stride_cm + first_n) + (m * stride_cm + n)
-    mask = mask_m[:, None] & mask_n[None, :]
-    if ADD:
-        out += tl.load(c_ptrs, mask=mask, other=0.0).to(tl.float32)
-    out = out.to(c_ptr.dtype.element_ty)
-    tl.store(c_ptrs, out, mask=mask)
-    if row_absmax_ptr is not None:
-        # As stored. Integer maxima do not depend on the order of the atomics, and a NaN is the largest of all.
-        absmax = tl.max(tl.where(mask, magnitude(out.to(tl.float32)), -2147483648), 1)
-        tl.atomic_max(row_absmax_ptr + offs_m, absmax, mask=mask_m, sem="relaxed")
+    return out
 
 
 def scaled_mm(

@@ -129,6 +129,53 @@ def _gradient_tile_kernel(
     store_columns(qt_ptr, col_sum_ptr, q, mask_m, mask_n, first_m, first_n, M, BLOCK_M, BLOCK_N, WIDE)
 
 
+def statistics(
+    dy: torch.Tensor,
+    g: Side,
+    h: Side,
+    *,
+    row_mul: torch.Tensor | None,
+    col_mul: torch.Tensor | None,
+    bias: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Launch the partial extremes of G and of H (see `fqt_kernels.statistics`) and, if bias, the column sums of dy.
+
+    dy (M, N), row_mul, col_mul and bias as in `quantize_gradient`. The column sums, (N,) float32, are added up in one
+    fixed order.
+    """
+    g_partial, h_partial, parts = _partial_statistics(dy, g, h, row_mul, col_mul, bias)
+    if parts is None:
+        return g_partial, h_partial, None
+    total = torch.empty(dy.shape[1], dtype=torch.float32, device=dy.device)
+    params(None, None, h.bits, h.zero, sums=parts, total=total)
+    return g_partial, h_partial, total
+
+
+def _partial_statistics(
+    dy: torch.Tensor, g: Side, h: Side, row_mul: torch.Tensor | None, col_mul: torch.Tensor | None, bias: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The partial extremes of G and of H, and the partial column sums (chunks, N) or None."""
+    (m, n), dev = dy.shape, dy.device
+    g_groups, h_groups = (m if g.granularity == "per_row" else 1), (n if h.granularity == "per_column" else 1)
+    block_m, block_n, warps = STATS_TILE
+    num_m, num_n = triton.cdiv(m, block_m), triton.cdiv(n, block_n)
+    tiles = 1 << (min(max(num_m * num_n // STATS_PROGRAMS, 1), num_m) - 1).bit_length()
+    chunks = triton.cdiv(num_m, tiles)
+    parts_g = num_n if g.granularity == "per_row" else chunks * num_n
+    parts_h = chunks if h.granularity == "per_column" else chunks * num_n
+    new = lambda kind, *s: torch.empty(s, dtype=kind, device=dev)  # noqa: E731
+    g_partial = new(torch.int32, 1 if is_symmetric(g.zero) else 2, parts_g, g_groups)
+    h_partial = new(torch.int32, 1 if is_symmetric(h.zero) else 2, parts_h, h_groups)
+    partial_sums = new(torch.float32, chunks, n) if bias else None
+    _gradient_stats_kernel[(chunks * num_n,)](
+        dy, row_mul, col_mul, g_partial, h_partial, partial_sums, m, n, *dy.stride(), parts_g, parts_h,
+        G_TENSOR=g.granularity == "per_tensor", H_TENSOR=h.granularity == "per_tensor",
+        G_SYM=is_symmetric(g.zero), H_SYM=is_symmetric(h.zero), BLOCK_M=block_m, BLOCK_N=block_n, TILES=tiles,
+        WIDE=tile_is_wide(dy, block_m, block_n), num_warps=warps, enable_fp_fusion=False,
+    )  # fmt: skip
+    return g_partial, h_partial, partial_sums
+
+
 def quantize_gradient(
     dy: torch.Tensor,
     g: Side,
@@ -153,22 +200,8 @@ def quantize_gradient(
     """
     (m, n), dev = dy.shape, dy.device
     g_groups, h_groups = (m if g.granularity == "per_row" else 1), (n if h.granularity == "per_column" else 1)
-    block_m, block_n, warps = STATS_TILE
-    num_m, num_n = triton.cdiv(m, block_m), triton.cdiv(n, block_n)
-    tiles = 1 << (min(max(num_m * num_n // STATS_PROGRAMS, 1), num_m) - 1).bit_length()
-    chunks = triton.cdiv(num_m, tiles)
-    parts_g = num_n if g.granularity == "per_row" else chunks * num_n
-    parts_h = chunks if h.granularity == "per_column" else chunks * num_n
+    g_partial, h_partial, partial_sums = _partial_statistics(dy, g, h, row_mul, col_mul, bias)
     new = lambda kind, *s: torch.empty(s, dtype=kind, device=dev)  # noqa: E731
-    g_partial = new(torch.int32, 1 if is_symmetric(g.zero) else 2, parts_g, g_groups)
-    h_partial = new(torch.int32, 1 if is_symmetric(h.zero) else 2, parts_h, h_groups)
-    partial_sums = new(torch.float32, chunks, n) if bias else None
-    _gradient_stats_kernel[(chunks * num_n,)](
-        dy, row_mul, col_mul, g_partial, h_partial, partial_sums, m, n, *dy.stride(), parts_g, parts_h,
-        G_TENSOR=g.granularity == "per_tensor", H_TENSOR=h.granularity == "per_tensor",
-        G_SYM=is_symmetric(g.zero), H_SYM=is_symmetric(h.zero), BLOCK_M=block_m, BLOCK_N=block_n, TILES=tiles,
-        WIDE=tile_is_wide(dy, block_m, block_n), num_warps=warps, enable_fp_fusion=False,
-    )  # fmt: skip
     g_out = empty_params((g_groups, 1), g.zero, dev)
     h_out = empty_params((1, h_groups), h.zero, dev)
     total = new(torch.float32, n) if bias else None

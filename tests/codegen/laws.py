@@ -19,6 +19,11 @@ _FP8_TCGEN05 = r"tcgen05\.mma\.cta_group::\d\.kind::f8f6f4\S*"
 _MFMA = r"v_mfma_i32_(32x32x16|16x16x32)_i8"
 
 
+# They handle a few numbers for each row or group.
+OF_GROUPS = {"_params_kernel", "_row_ranges_kernel", "_leaders_kernel", "_groups_kernel", "_tile_groups_kernel",
+             "_group_absmax_kernel", "_choose_kernel", "_householder_weights_kernel"}  # fmt: skip
+
+
 def is_product(name: str) -> bool:
     return name.split()[1].endswith("_mm_kernel")
 
@@ -79,10 +84,12 @@ def wide_loads(arch: str, triton: tuple[int, int], name: str, figures: dict) -> 
     if is_product(name):
         return figures.get("loop_loads") == ([] if is_pipelined(name) else [16])
     kernel = name.split()[1]
-    if not is_aligned(name) or kernel == "_params_kernel":  # which handles one number for each group
+    if not is_aligned(name) or kernel in OF_GROUPS:
         return True
     piece = 8 if arch.startswith("gfx") else 16
-    return max(figures["loads"]) >= piece and (kernel.endswith("_stats_kernel") or max(figures["stores"]) >= piece)
+    # What is found of rows or groups is little beside what is read. The first transform of auto finds ranges.
+    finds = kernel.endswith("_stats_kernel") or kernel.startswith("_follower") or ("auto" in name and "#2" not in name)
+    return max(figures["loads"]) >= piece and (finds or max(figures["stores"]) >= piece)
 
 
 def pipelined(arch: str, triton: tuple[int, int], name: str, figures: dict) -> bool:

@@ -3,6 +3,7 @@
 import difflib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -14,10 +15,26 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]
 FIGURES = ROOT / "tests" / "codegen" / "figures"
 # The GPUs that are compiled for, and the name of their table of configurations. A process each, the longest first.
-ARCHES = {"sm_90": "sm90", "sm_120": "sm80", "sm_100": "sm100", "sm_80": "sm80", "gfx942": "amd", "sm_89": "sm80"}
+ARCHES = {"sm_90": "sm90", "sm_100": "sm100", "sm_80": "sm80", "sm_120": "sm80", "gfx942": "amd", "sm_89": "sm80"}
 CONSTRAINTS = ROOT / "constraints.txt"  # of a checkout: the installed package has none, and compiles for all
-if CONSTRAINTS.exists() and f"triton=={metadata.version('triton')}" not in CONSTRAINTS.read_text().split():
+PINNED = not CONSTRAINTS.exists() or f"triton=={metadata.version('triton')}" in CONSTRAINTS.read_text().split()
+if not PINNED:
     del ARCHES["sm_120"]  # the instructions of sm_80: once, with the pinned version, is worth the time
+
+
+def is_worth_it(arch: str, name: str) -> bool:
+    """Whether a launch is compiled for the architecture: all for sm_90 with the pinned Triton; else those that need the most
+    of each kernel and configuration, and those that dispatch chooses without being asked; of sm_120, whose instructions
+    are sm_80's, the products."""
+    if PINNED and arch == "sm_90":
+        return True
+    words = name.split()
+    if arch == "sm_120" and not re.match(r"\d+x\d+x\d+ ", name):
+        return False
+    plain = "split" in words or not {"added", "absmax"} & set(words)
+    hopper = ("affine", "even"), ("full", "even"), ("scales", "tail"), ("full", "odd")
+    varied = {"folded", "float32", "multiplier"} & set(words) or tuple(words[-2:]) in hopper
+    return plain and not varied and not re.search(r"\d+x\d+ w8$", name)
 
 
 @dataclass(frozen=True)

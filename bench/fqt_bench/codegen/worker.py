@@ -30,6 +30,7 @@ from triton.runtime.jit import JITFunction
 import fqt_kernels
 
 from .launches import launches
+from .table import is_worth_it
 
 MMA = re.compile(r"wgmma\.mma_async\S+|mma\.sync\S+|tcgen05\.mma\S+|v_s?mfma_\w+|v_s?wmma_\w+")
 SASS_MMA = re.compile(r"\b(?:IMMA|IGMMA|UTC\w*MMA)\b")
@@ -216,15 +217,20 @@ def counters(kernel) -> dict[str, int]:
 def print_figures(arch: str) -> None:
     seen = set()  # launches share kernels: the ranges of x do not depend on the rounding
     for name, launch in launches(arch):
+        if not is_worth_it(arch, name):
+            continue
         try:
             kernels = compiled(launch, target_of(arch))
         except Exception as e:  # whatever a compiler throws: the other launches still have figures
             print(json.dumps({f"{arch} ? {name}": {"error": f"{type(e).__name__}: {e}"[:500]}}), flush=True)
             continue
+        repeated: Counter[str] = Counter()
         for kernel_name, kernel in kernels:
+            repeated[kernel_name] += 1
             if kernel.hash not in seen:
                 seen.add(kernel.hash)
-                print(json.dumps({f"{arch} {kernel_name} {name}": figures(name, kernel)}), flush=True)
+                full = f"{arch} {kernel_name} {name}{_number(repeated[kernel_name])}"
+                print(json.dumps({full: figures(name, kernel)}), flush=True)
 
 
 def print_counters(arch: str, names: list[str] | None, pattern: str) -> None:
@@ -247,8 +253,13 @@ def print_counters(arch: str, names: list[str] | None, pattern: str) -> None:
             if kernel.hash not in known:
                 known[kernel.hash] = counters(kernel)
             repeated[kernel_name] += 1
-            number = f" #{repeated[kernel_name]}" if repeated[kernel_name] > 1 else ""
-            print(json.dumps({f"{arch} {kernel_name} {name}{number}": known[kernel.hash]}), flush=True)
+            full = f"{arch} {kernel_name} {name}{_number(repeated[kernel_name])}"
+            print(json.dumps({full: known[kernel.hash]}), flush=True)
+
+
+def _number(nth: int) -> str:
+    """What tells the nth kernel of a name apart that one launch starts."""
+    return f" #{nth}" if nth > 1 else ""
 
 
 def _until_unknown(arch: str, names: list[str] | None) -> Iterator[tuple[str, Callable[[], object]]]:
