@@ -209,9 +209,12 @@ def explanation(layer: nn.Module, x: Tensor) -> str:
     for what, quantizer, shape in (("fprop", recipe.x, (m, n, k)), ("dgrad", recipe.dgrad, (m, k, n)),
                                    ("wgrad", recipe.wgrad, (n, k, m))):  # fmt: skip
         choice = _choice("scaled_mm", x.device, *shape, dtype=x.dtype, format=recipe.format)
-        inverse = "" if quantizer is None or not quantizer.householder else ", then the inverse transform"
-        inverse = inverse if not inverse or quantizer.groups == "global" else ", the inverse transform in its epilogue"
-        lines.append(f"  {what} {shape}: {choice if quantizer else 'torch, full precision'}{inverse}")
+        how = str(choice) if quantizer else "torch, full precision"
+        if quantizer and quantizer.householder and quantizer.groups == "tile" and choice.backend == "triton":
+            how = "triton: a kernel with the inverse transform in its epilogue"
+        elif quantizer and quantizer.householder:
+            how += ", then the inverse transform"
+        lines.append(f"  {what} {shape}: {how}")
     return "\n".join([*lines, *_expectation(layer, x, m)])
 
 

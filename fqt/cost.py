@@ -204,7 +204,7 @@ def traffic(recipe: Recipe) -> dict[str, tuple[int, int]]:
     its quantizers are stochastic, is read for the statistics of both, and once more to write the codes of each in the
     layout that its product takes. Where dgrad transforms, wgrad's codes and dgrad's are written by a pass each, auto reads
     dY once more to compare, and, unless the inverse is part of the product, dX leaves that in float32 and is read again.
-    Groups of more than 30 rows read dY twice for the transform: they are counted as if they did not.
+    Large groups read dY twice for the transform: they are counted as if they did not.
     """
     gradients = recipe.dgrad, recipe.wgrad
     if None in gradients:

@@ -19,7 +19,11 @@ ARCHES = {"sm_90": "sm90", "sm_100": "sm100", "sm_80": "sm80", "sm_120": "sm80",
 CONSTRAINTS = ROOT / "constraints.txt"  # of a checkout: the installed package has none, and compiles for all
 PINNED = not CONSTRAINTS.exists() or f"triton=={metadata.version('triton')}" in CONSTRAINTS.read_text().split()
 if not PINNED:
-    del ARCHES["sm_120"]  # the instructions of sm_80: once, with the pinned version, is worth the time
+    # The integer instructions of sm_80: once, with the pinned version, is worth the time. So they are on sm_100 with
+    # Tritons that do not know tcgen05's.
+    del ARCHES["sm_120"], ARCHES["sm_89"]
+    if tuple(map(int, metadata.version("triton").split(".")[:2])) < (3, 8):
+        del ARCHES["sm_100"]
 
 
 def is_worth_it(arch: str, name: str) -> bool:
@@ -32,8 +36,13 @@ def is_worth_it(arch: str, name: str) -> bool:
     if arch == "sm_120" and not re.match(r"\d+x\d+x\d+ ", name):
         return False
     plain = "split" in words or not {"added", "absmax"} & set(words)
+    few = (
+        {"folded", "float32", "multiplier"}
+        if PINNED
+        else {"folded", "float32", "multiplier", "symmetric", "full", "one"}
+    )
     hopper = ("affine", "even"), ("full", "even"), ("scales", "tail"), ("full", "odd")
-    varied = {"folded", "float32", "multiplier"} & set(words) or tuple(words[-2:]) in hopper
+    varied = few & set(words) or tuple(words[-2:]) in hopper
     return plain and not varied and not re.search(r"\d+x\d+ w8$", name)
 
 
