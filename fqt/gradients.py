@@ -80,7 +80,7 @@ def _transformed_gradient(
         return None
     from fqt_kernels.gradient import Side, statistics
 
-    row_mul, col_mul = x.scale if _folded(recipe.x) else None, w.scale.t() if _folded(recipe.w) else None
+    col_mul, row_mul = multipliers(w, x, recipe)
     with device_guard(dy):
         ranges, partial, total = statistics(
             dy, Side(g.bits, g.granularity, "min"), Side(h.bits, h.granularity, zero(h)),
@@ -89,8 +89,7 @@ def _transformed_gradient(
         )  # fmt: skip
     random = dict(rng=rng, rank=rank, sums=recipe.affine)
     columns = quantized(dy, h, multiplier=row_mul, stream=WGRAD, rows=False, cols=True, partial=partial, **random)
-    made = transformed_by_kernels(dy, g, multiplier=col_mul, partial=ranges, **random)
-    return made, columns, total
+    return transformed(dy, g, multiplier=col_mul, partial=ranges, **random), columns, total
 
 
 def _has_transform(dy: Tensor, quantizer: Quantizer) -> bool:
@@ -109,32 +108,19 @@ def transformed(
     sums: bool = False,
     rng: Tensor,
     rank: int = 0,
+    partial: Tensor | None = None,
 ) -> Transformed:
     """The codes of T (dY · multiplier), with dgrad's stream of random bits: `fqt.reference.householder_codes`.
 
-    dy: (M, N).   multiplier: (1, N).
+    dy: (M, N).   multiplier: (1, N).   partial: the extremes of the rows of dY · multiplier as a kernel found them (see
+    `fqt_kernels.statistics`), if one did.
     """
-    random = {"rng": rng, "rank": rank, "sums": sums}
-    if _has_transform(dy, quantizer):
-        return transformed_by_kernels(dy, quantizer, multiplier=multiplier, **random)
-    y = dy.to(reference.compute_dtype(dy))
-    y = y if multiplier is None else y * multiplier
-    random["rng"] = rng if quantizer.rounding == "stochastic" else None
-    h, codes = reference.householder_codes(y, quantizer, stream=DGRAD, **random)
-    return Transformed(codes, h, None, y[:, 0] if y.shape[1] else y.new_zeros(y.shape[0]))
-
-
-def transformed_by_kernels(
-    dy: Tensor,
-    quantizer: Quantizer,
-    *,
-    multiplier: Tensor | None = None,
-    sums: bool = False,
-    rng: Tensor,
-    rank: int = 0,
-    partial: Tensor | None = None,
-) -> Transformed:
-    """`transformed`. partial: the extremes of the rows of dY · multiplier, if they are known (`fqt_kernels.statistics`)."""
+    random = rng if quantizer.rounding == "stochastic" else None
+    if partial is None and not _has_transform(dy, quantizer):
+        y = dy.to(reference.compute_dtype(dy))
+        y = y if multiplier is None else y * multiplier
+        h, codes = reference.householder_codes(y, quantizer, stream=DGRAD, rng=random, rank=rank, sums=sums)
+        return Transformed(codes, h, None, y[:, 0] if y.shape[1] else y.new_zeros(y.shape[0]))
     from fqt_kernels.grouping import group_rows, row_ranges
     from fqt_kernels.householder import transform
     from fqt_kernels.statistics import row_stats
@@ -145,8 +131,7 @@ def transformed_by_kernels(
         groups = group_rows(ranges, quantizer.groups)
         q, scale, offset, row_sum = transform(
             dy, groups, absmax, multiplier=multiplier, bits=quantizer.bits, zero=quantizer.zero,
-            rng=rng if quantizer.rounding == "stochastic" else None, stream=DGRAD + 256 * rank, sums=sums,
-            ranges=ranges if quantizer.auto else None,
+            rng=random, stream=DGRAD + 256 * rank, sums=sums, ranges=ranges if quantizer.auto else None,
         )  # fmt: skip
     value = dy[:, 0].to(torch.float32).contiguous()
     value = value if multiplier is None else value * multiplier[0, 0]

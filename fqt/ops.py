@@ -327,13 +327,10 @@ def linear_backward(
             (None, None) if range_state is None else range_state, strict=True,
         )
     )  # fmt: skip
-    found = g_absmax is None and h_absmax is None
-    if (
-        found
-        and need_x
-        and need_w
-        and (both := gradients.quantized_gradient(dy, w, x, r, need_bias, **random)) is not None
-    ):
+    both = None
+    if need_x and need_w and g_absmax is None and h_absmax is None:
+        both = gradients.quantized_gradient(dy, w, x, r, need_bias, **random)
+    if both is not None:
         g, h, total = both
     if need_x:
         dx = gradients.input_gradient(dy, w, r, x_dtype, g, g_absmax, dx_absmax, **random)
@@ -378,26 +375,15 @@ def _backward(ctx, dy, *_):
     if (need_x and saved[4] is None) or (need_w and not ctx.save_x):
         raise RuntimeError("fqt::linear: a gradient is asked for that nothing was saved for (save_x, w_qt)")
     w_grad = _grad_to_add_to(ctx.parameter) if need_w else None
-    z, w = (_recipe(ctx.recipe).dgrad, _recipe(ctx.recipe).w)
+    z, w = _recipe(ctx.recipe).dgrad, _recipe(ctx.recipe).w
     rows = left = None
     if z is not None and ranges.uses_rows(z, w.granularity == "per_row") and handover.serves(dy):
         rows = handover.take(dy)
         left = dy.new_zeros(dy.shape[0], dtype=torch.int32) if need_x and ctx.follows else None
     handed = (None, False) if rows is None else rows
+    needed = need_x, need_w, need_bias
     dx, dw, dbias = linear_backward(
-        dy,
-        *saved,
-        ctx.rng,
-        rng.rank(),
-        ctx.recipe,
-        *ctx.dtypes,
-        need_x,
-        need_w,
-        need_bias,
-        w_grad,
-        *handed,
-        left,
-        ctx.range_state,
+        dy, *saved, ctx.rng, rng.rank(), ctx.recipe, *ctx.dtypes, *needed, w_grad, *handed, left, ctx.range_state
     )
     if left is not None:
         handover.leave(dx, ranges.Rows(left, exact=z.range != "delayed"))
