@@ -207,3 +207,15 @@ def test_importing_recipes_imports_neither_torch_nor_triton():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "set()"
+
+
+def test_auto_and_tiles_have_names():
+    assert Recipe.parse("auto") == Recipe.parse("auto-8") == Recipe.auto(8) and Recipe.auto(8).dgrad.auto
+    assert Recipe.parse("bhq-5-tile") == Recipe.bhq(5, groups="tile") != Recipe.bhq(5)
+    assert Recipe.auto(3, "tile").name == "auto3-tile" and Recipe.from_json(Recipe.auto(3).to_json()) == Recipe.auto(3)
+
+
+@pytest.mark.parametrize("fields", [{"groups": "tile"}, {"auto": True}, {"groups": "warp"}, {"range": "guess"}])
+def test_fields_of_the_transform_need_it_and_have_few_values(fields):
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        Quantizer(8, "per_row", **fields)
