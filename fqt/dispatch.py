@@ -43,8 +43,9 @@ class Problem:
     """One call of an operator, as far as its choice of kernel may depend on it.
 
     op: "quantize" (an (m, n) matrix), "quantize_gradient" (two quantizations of one), "householder" (its transform and
-    quantization, of which there is nothing to tune) or "scaled_mm" ((m, k) times (n, k) transposed). dtype: of the
-    unquantized input. format: of the codes, "int" or "e4m3". arch: "sm90", "gfx942", "" without a GPU. processors:
+    quantization, of which there is nothing to tune), "psgd" (an optimizer's step of all parameters of a dtype; nor of this)
+    or "scaled_mm" ((m, k) times (n, k) transposed). dtype: of the unquantized input, or of the parameters.
+    format: of the codes, "int" or "e4m3". arch: "sm90", "gfx942", "" without a GPU. processors:
     streaming multiprocessors or compute units. triton: its version, None where it is not installed. force: what the user
     asked for by `fqt.backend`. plain: the product is neither added to an existing output nor are its row maxima wanted.
     kind: of a quantization, what else its speed depends on: words with blanks between, granularity, rounding, layout
@@ -117,7 +118,7 @@ def _without_a_choice(p: Problem) -> Choice | None:
         return Choice("reference", None, "float64 is computed by the reference")
     if p.device == "cpu":
         return _on_cpu(p)
-    missing = "Triton is not installed" if p.triton is None else candidates.no_kernel(p)
+    missing = _missing(p)
     if missing and p.force == "auto":
         return Choice("reference", None, missing, fallback=True)
     if missing and (p.triton is None or candidates.cannot_compile(p)):
@@ -129,6 +130,16 @@ def _without_a_choice(p: Problem) -> Choice | None:
         if never := reason_against(p.arch, 128, 128, 128):
             raise RuntimeError(f"fqt.backend('hopper'): {never}")
     return None
+
+
+def _missing(p: Problem) -> str | None:
+    """Why there is no good kernel on a GPU, None if there is one."""
+    if p.triton is None:
+        return "Triton is not installed"
+    if p.op != "psgd":
+        return candidates.no_kernel(p)
+    name = p.arch.replace("sm", "sm_") or p.device
+    return f"{name} has no kernel: it needs sm_80 or newer" if candidates.cannot_compile(p) else None
 
 
 def _on_cpu(p: Problem) -> Choice:
@@ -171,6 +182,8 @@ def _guessed(p: Problem) -> Choice:
     """The heuristic's choice of a problem that Triton computes."""
     if p.op == "householder":
         return Choice("triton", None, "grouping, transform and rounding on the device")
+    if p.op == "psgd":
+        return Choice("triton", None, "one launch for all parameters")
     if p.op != "scaled_mm":
         return Choice("triton", None, "fused statistics and rounding", source="heuristic")
     from fqt_kernels.gemm import MAX_INT32_TERMS

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -13,18 +15,20 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import ops, ranges, rng
 from .dispatch import problem, select
+from .int8_weight import DTYPES, HELD, Int8Weight
 from .qtensor import QTensor
-from .recipe import Recipe
+from .recipe import Quantizer, Recipe
 
 _built = 0  # layers constructed directly, which have no qualified name to take their key from
 _said: set[str] = set()  # reasons of fall-backs that were already given
-_steps = 0  # of all optimizers of the process
+_steps = 0  # of all optimizers of the process that may write weights without advancing autograd's version
+_holders: dict[int, list[weakref.ref[Linear]]] = {}  # by id of a weight: the layers that may hold its codes
 
 
-def _count_step(*_: object) -> None:
+def _count_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
     """torch's fused optimizers, and kernels of other libraries, write weights without advancing autograd's version."""
     global _steps
-    _steps += 1
+    _steps += not getattr(optimizer, "advances_versions", False)
 
 
 register_optimizer_step_post_hook(_count_step)
@@ -46,9 +50,10 @@ class Linear(nn.Linear):
     to two dimensions. Activation ranges are always those of the batch at hand, in evaluation as well.
 
     The weight is quantized once for each version of the parameter (its address and autograd's version counter), and again
-    after a step of any optimizer where it requires a gradient. Other writes that autograd does not see, through `.data` or
-    by a foreign library, need `fqt.invalidate_`. Between forward and backward
-    the input is kept as int8 codes, transposed; in evaluation, or where nothing needs a gradient, nothing is kept.
+    after a step of any optimizer where it requires a gradient. (The kernel of `fqt.optim` writes the new codes of
+    symmetric per-row recipes itself, in place, so that a graph kept from before refuses another backward pass.) Other
+    writes that autograd does not see, through `.data` or by a foreign library, need `fqt.invalidate_`. Between forward and
+    backward the input is kept as int8 codes, transposed; in evaluation, or where nothing needs a gradient, nothing is kept.
 
     Args:
         recipe: a name such as "psq5" or a `fqt.Recipe`.
@@ -146,14 +151,28 @@ class Linear(nn.Linear):
     def _quantized_weight(self, transposed: bool) -> QTensor:
         """The weight's codes, from the cache where the parameter is the same and unchanged; both layouts if transposed."""
         w = self.weight
+        if isinstance(w, Int8Weight) and self._fqt_recipe.w == HELD:
+            return w.codes(transposed=transposed, sums=self._fqt_recipe.affine)
         if torch.compiler.is_compiling() or not _has_version(w):
             return ops.quantize_weight(w.detach(), self._fqt_recipe, transposed)
-        key = (w.data_ptr(), w._version, w.dtype, w.device, self._fqt_recipe, _steps if w.requires_grad else None)
+        key = self._cache_key(w)
         cached = self._fqt_cache
         if cached is None or cached.key != key or (transposed and cached.value.qt is None):
             cached = _Cached(key, ops.quantize_weight(w.detach(), self._fqt_recipe, transposed))
             self._fqt_cache = cached
+            if self._parameters.get("weight") is w:
+                _hold(w, self)
         return cached.value
+
+    def _cache_key(self, w: Tensor) -> tuple:
+        return w.data_ptr(), w._version, w.dtype, w.device, self._fqt_recipe, _steps if w.requires_grad else None
+
+    def _holds_codes(self, w: Tensor) -> bool:
+        """Whether the cache has symmetric int8 codes per row of the weight as it is, in both layouts."""
+        recipe, cached = self._fqt_recipe, self._fqt_cache
+        if cached is None or cached.value.qt is None or recipe.is_exact or recipe.affine:
+            return False
+        return recipe.w.granularity == "per_row" and recipe.format == "int" and cached.key == self._cache_key(w)
 
     @property
     def label(self) -> str:
@@ -173,6 +192,12 @@ class Linear(nn.Linear):
 
     def _apply(self, fn, recurse=True):
         self._fqt_cache = None
+        if isinstance(self.weight, Int8Weight):  # torch would put the cast values behind the codes' back
+            dtype = fn(torch.empty(0, dtype=self.weight.dtype, device=self.weight.device)).dtype
+            if dtype not in DTYPES:
+                raise TypeError(
+                    f"{self.label}: its weight is held in int8, which has no {dtype}: fqt.release_int8_ first"
+                )
         on_meta = self._fqt_rng.is_meta
         super()._apply(fn, recurse)
         if on_meta and not self._fqt_rng.is_meta:  # to_empty() left the stream without a value
@@ -201,6 +226,61 @@ class Linear(nn.Linear):
         super().__setstate__(state)
         self.__dict__.setdefault("fuse_grad_accumulation", False)  # of a layer that was pickled before there was one
         rng.register(self)
+
+
+# ---- codes that an optimizer's kernel writes
+
+
+class Emission(NamedTuple):
+    """Codes of a weight (N, K) that layers hold in both layouts, and that a step may write anew: q (N, K), qt (K, N) int8,
+    scale (N, 1) float32."""
+
+    value: QTensor
+    quantizer: Quantizer
+    layers: list[Linear]
+
+    @property
+    def codes(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.value.q, self.value.qt, self.value.scale
+
+    def renew(self, w: Tensor) -> None:
+        """The codes are those of w as it is now: it, and they, have advanced their versions."""
+        for layer in self.layers:
+            layer._fqt_cache = _Cached(layer._cache_key(w), self.value)
+
+
+def _hold(w: Tensor, layer: Linear) -> None:
+    """Let `emission` find a layer by its weight."""
+    key = id(w)  # no weak reference to the weight: torch would refuse to swap it
+    known = _holders.setdefault(key, [])
+    if all(ref() is not layer for ref in known):
+        known.append(weakref.ref(layer, functools.partial(_drop, key)))
+
+
+def _drop(key: int, ref: weakref.ref) -> None:
+    """Forget a layer that is gone."""
+    left = [other for other in _holders.get(key, ()) if other is not ref]
+    if left:
+        _holders[key] = left
+    else:
+        _holders.pop(key, None)
+
+
+def emission(w: Tensor) -> Emission | None:
+    """The codes that a step which writes w should write as well, None if no layer holds any that a kernel can write.
+
+    Those of the first layer whose codes are current; all layers of the weight with the same quantizer will share them.
+    """
+    refs = _holders.get(id(w))
+    if refs is None or not w.is_contiguous() or w.is_inference():
+        return None
+    layers = [layer for ref in refs if (layer := ref()) is not None and layer._parameters.get("weight") is w]
+    for layer in layers:
+        if layer._holds_codes(w):
+            z = layer._fqt_recipe.w
+            alike = [one for one in layers if one._fqt_recipe.w == z and not one._fqt_recipe.affine]
+            return Emission(layer._fqt_cache.value, z, alike)
+    return None
 
 
 def _has_version(w: Tensor) -> bool:

@@ -44,7 +44,7 @@ class Position:
         sparsity: 0 to 1, of "grid+zero": the share of each tensor's weights that is drawn to zero.
         scale: λ, or "auto": λ follows the weights' range, so that s is at most `LARGEST`.
         eps: ε; with 0 a weight exactly on its target is moved by nothing but weight decay, momentum and a change of Δ.
-        delta: "ema", Δ from a running average of minimum and maximum (a tenth of it new), or "absmax", of the weights at hand.
+        delta: "ema", Δ from a running average of minimum and maximum, a tenth of it new, or "absmax", of these weights.
         per_channel: a Δ for each index of the first dimension.
         position: "grad", s scales the gradient, before weight decay and momentum; "update", s scales the whole update.
 
@@ -66,7 +66,7 @@ class Position:
             raise ValueError(
                 f"target must be one of {', '.join(TARGETS)}, a function of the weights or None, got {self.target!r}"
             )
-        if not isinstance(self.bits, int) or isinstance(self.bits, bool) or not 2 <= self.bits <= 8:
+        if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
             raise ValueError(f"bits must be an integer from 2 to 8, got {self.bits!r}")
         if not _is_number(self.sparsity) or not 0 <= self.sparsity <= 1:
             raise ValueError(f"sparsity must be a number from 0 to 1, got {self.sparsity!r}")
@@ -114,9 +114,10 @@ def extremes(w: Tensor, per_channel: bool = False) -> Tensor:
     """
     x = w.detach().to(compute_dtype(w))
     x = torch.where(x.isfinite(), x, torch.zeros_like(x))
-    x = x.reshape(len(w) if per_channel and w.dim() else 1, -1)
+    rows = len(w) if per_channel and w.dim() else 1
     if not x.numel():
-        return x.new_zeros(len(x), 2)
+        return x.new_zeros(rows, 2)
+    x = x.reshape(rows, -1)
     return torch.stack([x.amin(1).clamp(max=0), x.amax(1).clamp(min=0)], 1)
 
 
@@ -146,7 +147,7 @@ def first_threshold(w: Tensor, sparsity: float) -> Tensor:
     k = count_of_zeros(sparsity, w.numel())
     a = w.detach().to(compute_dtype(w)).abs().flatten()
     a = torch.where(a.isfinite(), a, torch.full_like(a, torch.finfo(a.dtype).max))
-    return a.kthvalue(k).values[None] if k else a.new_zeros(1)
+    return a.sort().values[k - 1 : k].clone() if k else a.new_zeros(1)
 
 
 def advanced_threshold(p: Position, threshold: Tensor, w: Tensor, range: Tensor) -> Tensor:
@@ -179,7 +180,7 @@ def targets(w: Tensor, p: Position, range: Tensor, threshold: Tensor | None = No
     spacing = torch.where(exists, reach, torch.ones_like(reach)) / torch.full_like(reach, q)
     point = torch.round((x / spacing).clamp(-q, q)) * spacing
     if p.target == "grid+zero":
-        point = torch.where(x.abs() <= threshold, torch.zeros_like(x), point)
+        point = torch.where(x.abs() <= threshold.reshape(()), torch.zeros_like(x), point)
     return torch.where(exists, point, x)
 
 
@@ -201,11 +202,10 @@ def position_scale(w: Tensor, p: Position, range: Tensor, threshold: Tensor | No
         else:
             scale = torch.full_like(reach, 2 * p.largest) / (reach / torch.full_like(reach, float(p.qmax)))
         if p.target == "grid+zero":
-            near = torch.full_like(threshold, p.largest) / torch.where(
-                threshold >= NO_RANGE, threshold, torch.ones_like(threshold)
-            )
-            near = torch.where(threshold >= NO_RANGE, near, scale)
-            scale = torch.where(x.abs() <= threshold, near, scale)
+            t = threshold.reshape(())
+            near = torch.full_like(t, p.largest) / torch.where(t >= NO_RANGE, t, torch.ones_like(t))
+            near = torch.where(t >= NO_RANGE, near, scale)
+            scale = torch.where(x.abs() <= t, near, scale)
         s = distance * scale
         s = torch.where(s > p.largest, torch.full_like(s, p.largest), s)
     else:

@@ -115,20 +115,21 @@ class Recipe:
             raise ValueError("dgrad contracts the columns of dY: its quantizer is per_tensor or per_row")
         if self.wgrad is not None and self.wgrad.granularity == "per_row":
             raise ValueError("wgrad contracts the rows of dY: its quantizer is per_tensor or per_column")
-        formats = {q.format for q in (self.x, self.w, self.dgrad, self.wgrad) if q is not None}
+        quantizers = [q for q in (self.x, self.w, self.dgrad, self.wgrad) if q is not None]
+        formats = {q.format for q in quantizers}
         if len(formats) > 1:
             raise ValueError(f"the operands of a product have one format, got {' and '.join(sorted(formats))}")
+        # Asked for several times in a layer's step, and traced by torch.compile, which cannot trace a cached_property.
+        object.__setattr__(self, "_affine", any(q.zero != "symmetric" or q.householder for q in quantizers))
 
     @property
     def is_exact(self) -> bool:
         return self.x is None
 
-    @functools.cached_property
+    @property
     def affine(self) -> bool:
         """Whether sums of codes are needed: an operand has an offset, or rows of no range are put back after dgrad."""
-        return any(
-            q is not None and (q.zero != "symmetric" or q.householder) for q in (self.x, self.w, self.dgrad, self.wgrad)
-        )
+        return self._affine
 
     @property
     def format(self) -> str:

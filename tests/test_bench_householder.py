@@ -198,7 +198,7 @@ def _timed(**times):
 
 def test_t8_is_what_bhq_takes_beyond_psq_over_the_product():
     def verdicts(case, **environment):
-        result = {"environment": record(**environment), "cases": [case], "memory": [], "repeats": []}
+        result = {"environment": record(**environment), "cases": [case]}
         return {t.what: t.row(result)[3:] for t in TARGETS if t.name == "T8"}
 
     whole, tiled = "BHQ beyond PSQ, of dgrad at 8192³", "BHQ in tiles beyond PSQ, of dgrad at 8192³"

@@ -146,16 +146,16 @@ def test_a_step_of_another_size_is_wrong(name):
     weight = nn.Parameter(torch.randn(16, 32))
     weight.grad = torch.randn(16, 32)
     optimizer = kind([weight], lr=0.1, **options)
-    optim._check_step(optimizer, optimizer.step)
+    optim.check_step(optimizer, optimizer.step)
 
     def twice():
         optimizer.step()
         optimizer.step()
 
     with pytest.raises(Wrong, match="weight"):
-        optim._check_step(optimizer, twice)
+        optim.check_step(optimizer, twice)
     with pytest.raises(Wrong):
-        optim._check_step(optimizer, lambda: None)
+        optim.check_step(optimizer, lambda: None)
 
 
 # ---- training

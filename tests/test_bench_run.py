@@ -209,7 +209,7 @@ def test_the_table_sets_predictions_beside_measurements_and_marks_host_bound_sam
 
 
 def test_the_targets_are_shown_for_the_suites_that_they_read(tmp_path):
-    for suite, shown in (("kernels", True), ("layers", True), ("smoke", False), ("train", False)):
+    for suite, shown in (("kernels", True), ("layers", True), ("optim", True), ("smoke", False), ("train", False)):
         result, _ = _run(tmp_path, [_plan(candidate("a"))], suites=(suite,))
         assert ("not measured" in report(result)) == shown
 
@@ -358,7 +358,8 @@ def test_a_real_smoke_run_measures_every_operator_and_fits_the_schema(tmp_path, 
         torch.set_num_threads(threads)
     assert failures(result) == [] and path is not None and result["skipped"] == []
     own = [(case["suite"], c["status"]) for case in result["cases"] for c in case["candidates"] if c["ours"]]
-    assert {suite for suite, _ in own} == {"quantize", "gemm", "linear fwd+bwd", "convert", "householder"}
+    assert {suite for suite, _ in own} == {"quantize", "gemm", "linear fwd+bwd", "convert", "householder",
+                                        "psgd step, tiny ResNet float32"}  # fmt: skip
     assert {status for _, status in own} == {"ok"} and len(own) >= 20
     assert {c["provider"] for case in result["cases"] for c in case["candidates"]} == {
         "fqt", "torch", "torchao", "StatQuant's way"}  # fmt: skip

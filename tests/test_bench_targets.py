@@ -21,7 +21,8 @@ def _measured(suite, shape, *candidates):
 
 
 def _result(*cases, **lists):
-    return {"environment": RECORD, "cases": list(cases), "memory": [], "repeats": [], "skipped": [], **lists}
+    return {"environment": RECORD, "cases": list(cases), "memory": [], "repeats": [], "launches": [],
+            "skipped": [], **lists}  # fmt: skip
 
 
 def _targets(result):
@@ -91,9 +92,9 @@ def test_the_run_ends_in_ceilings_that_the_cost_model_reads(tmp_path):
 def test_every_target_reads_a_case_that_is_planned():
     """A target whose suite, shape or tag has no case would be "not measured" for ever."""
     asked = []
-    planned = plans(("kernels", "layers"), torch.device("cuda", 0), quick=False)
+    planned = plans(("kernels", "layers", "optim"), torch.device("cuda", 0), quick=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(targets, "best", lambda result, suite, shape, tags, field="tops": asked.append((suite, shape)))
         for target in TARGETS:
-            target.measure({"memory": [], "repeats": []})
+            target.measure({"memory": [], "repeats": [], "launches": []})
     assert len(asked) > 20 and set(asked) <= {(plan.suite, plan.shape) for plan in planned}

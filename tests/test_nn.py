@@ -1,6 +1,7 @@
 """`fqt.nn.Linear`: what it computes, what it keeps, and that it is an nn.Linear in every other respect."""
 
 import copy
+import dataclasses
 import io
 import pickle
 import warnings
@@ -545,6 +546,14 @@ def test_compiled_training_repeats_eager_training_bit_for_bit(recipe):
         return [*(p.detach() for p in module.parameters()), module[0]._fqt_rng, module[2]._fqt_rng]
 
     assert all(torch.equal(a, b) for a, b in zip(train(False), train(True), strict=True))
+
+
+def test_a_recipe_that_was_never_used_can_be_traced():
+    """Nothing of it is computed on first use: torch.compile cannot trace a cached property."""
+    fresh = dataclasses.replace(Recipe.int8(), dgrad=Quantizer(7, "per_row", "symmetric", "stochastic"))
+    module = fqt.nn.Linear(8, 8, recipe=fresh)
+    x = torch.randn(2, 8)
+    assert torch.equal(torch.compile(module, backend="aot_eager", fullgraph=True)(x), module(x))
 
 
 def test_compile_with_dynamic_batch():

@@ -1,8 +1,9 @@
 """Exact counters of the kernels and of training steps, which need no GPU and do not depend on the machine.
 
 Of each compiled launch (`codegen.worker`), by "ARCH KERNEL LAUNCH": instructions, registers, spilled bytes, shared memory,
-loads and stores of global memory. Of each recipe's step in Triton's interpreter (`steps`), by "step RECIPE linear", and
-with the kernel's name behind it by kernel: launches, bytes moved, torch operators, peak and saved memory.
+loads and stores of global memory. Of each step in Triton's interpreter (`steps`), a recipe's by "step RECIPE linear" and an
+optimizer's by "step OPTIMIZER", and with the kernel's name behind it by kernel: launches, bytes moved, torch operators, peak
+and saved memory.
 """
 
 from __future__ import annotations
@@ -45,10 +46,13 @@ SMOKE: dict[str, tuple[str, ...]] = {
     "bhq n28672 auto min stochastic": ("_long_transform_kernel",),
     "inverse bfloat16": ("_inverse_kernel",),
     "128x128x128 c2 w8 s3 householder scales even": ("_householder_weights_kernel", "_householder_mm_kernel"),
+    "psgd codes every scaled": ("_psgd_stats_kernel", "_psgd_kernel"),
+    "int8 step adamw grid+zero bfloat16": ("_int8_prepare_kernel", "_int8_extremes_kernel", "_int8_step_kernel"),
 }
 SMOKE_ARCH = "sm_90"
 SELECTIONS = ("smoke", "full")
 RECIPES = ("int8", "psq8", "bhq8", "qat8", "fp8")
+OPTIMIZERS = ("psgd", "psgd adamw")
 GATED = ("instructions", "registers", "spilled", "scalars_spilled", "shared", "loads", "stores", "atomics",
          "launches", "bytes_loaded", "bytes_stored", "torch_operators", "peak_bytes", "saved_bytes")  # fmt: skip
 # What says how, not how much: a wide load in place of narrow ones adds to loads_16, and takes from loads.
@@ -125,8 +129,10 @@ def _jobs(selection: str, only: str | None) -> list[_Job]:
     chosen = ("--only", f"*{only or ''}*")
     kernels = ("", *(kernel for started in SMOKE.values() for kernel in started))
     recipes = [r for r in RECIPES if any(matches(only, f"step {r} linear {kernel}") for kernel in kernels)]
+    optimizers = [o for o in OPTIMIZERS if any(matches(only, f"step {o} {kernel}".rstrip()) for kernel in kernels)]
     interpreted = (("TRITON_INTERPRET", "1"),)
-    jobs = [_Job("step", "steps", (*chosen, "--recipes", *recipes), interpreted)] if recipes else []
+    steps = (*chosen, "--recipes", *recipes, "--optimizers", *optimizers)
+    jobs = [_Job("step", "steps", steps, interpreted)] if recipes or optimizers else []
     if selection == "full":
         from .codegen.table import ARCHES
 

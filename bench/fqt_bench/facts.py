@@ -88,9 +88,13 @@ def is_ok(candidate: dict[str, Any]) -> bool:
 
 
 def rate(case: dict[str, Any], candidate: dict[str, Any]) -> float | None:
-    """In the case's unit; None where there is none."""
-    field = {"GB/s": "gb_s", "TOPS": "tops", "TFLOP/s": "tops"}.get(case["unit"])
-    return candidate.get(field) if field and is_ok(candidate) else None
+    """In `rate_unit`; None where there is none."""
+    return candidate.get("gb_s" if rate_unit(case) == "GB/s" else "tops") if is_ok(candidate) else None
+
+
+def rate_unit(case: dict[str, Any]) -> str:
+    """The case's unit; of a case that goes by time, that of the bytes it moves."""
+    return "GB/s" if case["unit"] == "ms" else case["unit"]
 
 
 def ratio(candidate: dict[str, Any]) -> tuple[float, float, float] | None:

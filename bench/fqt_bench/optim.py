@@ -27,6 +27,7 @@ OPTIMIZERS: list[tuple[str, type[torch.optim.Optimizer], dict[str, Any]]] = [
     ("Adam fused", torch.optim.Adam, {"fused": True}),
 ]
 RECIPE = "int8"
+NOT_OF_THE_LOOP = ("fused", "foreach", "decoupled_weight_decay")  # the last follows from the class
 
 
 def step(n: int, k: int, device: torch.device) -> Case:
@@ -70,7 +71,7 @@ def _candidate(name: str, kind: type, options: dict[str, Any], n: int, k: int, d
 
     def check(out: tuple, i: int) -> str:
         layers, optimizer = made()
-        remark = _check_step(optimizer, lambda: run(i))
+        remark = check_step(optimizer, lambda: run(i))
         if recipe is None:
             return remark
         for layer in layers:
@@ -82,13 +83,13 @@ def _candidate(name: str, kind: type, options: dict[str, Any], n: int, k: int, d
     return Candidate(f"{name}, {recipe} codes of the weights", run, check, tag=f"{name} {recipe}")
 
 
-def _check_step(optimizer: torch.optim.Optimizer, run: Callable[[], object]) -> str:
+def check_step(optimizer: torch.optim.Optimizer, run: Callable[[], object]) -> str:
     """One more step, against the same one in float64 by torch's plain loop over the parameters."""
     weights = optimizer.param_groups[0]["params"]
     exact = [nn.Parameter(w.detach().double()) for w in weights]
     for w, e in zip(weights, exact, strict=True):
         e.grad = w.grad.double()
-    options = {key: value for key, value in optimizer.defaults.items() if key not in ("fused", "foreach")}
+    options = {key: value for key, value in optimizer.defaults.items() if key not in NOT_OF_THE_LOOP}
     loop = type(optimizer)(exact, **options, foreach=False)
     loop.load_state_dict({**loop.state_dict(), "state": copy.deepcopy(optimizer.state_dict()["state"])})
     before = [w.detach().clone() for w in weights]

@@ -187,14 +187,13 @@ def _shape(case: dict[str, Any]) -> str:
 
 
 def _case(m: Measured, number: dict[int, str], folded: bool) -> Table:
-    unit = m.case["unit"]
     rated = any(facts.rate(m.case, c) is not None for c in m.case["candidates"])
     expected = any(c["prediction"] for c in m.case["candidates"])
     columns = [
         ("candidate", lambda c: c["name"]),
         ("status", lambda c: Mark(c["status"])),
         ("ratio (95 %)", lambda c: _interval(facts.ratio(c))),
-        *([(unit, lambda c: _number(facts.rate(m.case, c)))] if rated else []),
+        *([(facts.rate_unit(m.case), lambda c: _number(facts.rate(m.case, c)))] if rated else []),
         ("ms, median", lambda c: _times(c)[0]),
         ("p10 to p90", lambda c: _times(c)[1]),
         *([("predicted", lambda c: c["prediction"] or "–")] if expected else []),

@@ -1,16 +1,20 @@
-"""Count what one training step of a layer does, on CPU tensors with the kernels in Triton's interpreter; JSON lines.
+"""Count what one training step of a layer does, or one of an optimizer, on CPU tensors with the kernels in Triton's
+interpreter; JSON lines.
 
-    TRITON_INTERPRET=1 python -m fqt_bench.steps --recipes RECIPE ... [--only PATTERN]
+    TRITON_INTERPRET=1 python -m fqt_bench.steps [--recipes RECIPE ...] [--optimizers OPTIMIZER ...] [--only PATTERN]
 
 Of "step RECIPE linear": launches of kernels, the bytes that their loads and stores touch (lanes that the mask leaves out
 touch none; an atomic both loads and stores), torch operators that a GPU would launch something for, and the bytes of
 tensors: the highest sum of those the step made, and what waits between forward and backward besides the output. Of "step
-RECIPE linear KERNEL": the share of that kernel. Nothing of it depends on the machine or the time.
+RECIPE linear KERNEL": the share of that kernel. "step OPTIMIZER" is the second step over the weight of a linear layer, whose
+codes for the next forward pass it writes, the weight of a convolution and their biases, and has the same but for what is
+saved. Nothing of it depends on the machine or the time.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import os
@@ -26,6 +30,11 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+OPTIMIZERS = {
+    "psgd": ("PSGD", {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}),
+    "psgd adamw": ("PSGDAdamW", {"lr": 0.1}),
+}
+IMAGES = (24, 16, 3, 3)  # the weight of a convolution
 M, K, N = 96, 144, 80  # several tiles of each kernel in the interpreter's configurations, the last of them not full
 # They neither launch anything nor are marked as views.
 _FREE = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view",
@@ -40,7 +49,7 @@ _ACCESS = re.compile(r"create_\w*(load|store|atomic|gather|scatter|reduce|copy)\
 
 
 class Unknown(Exception):
-    """The tree knows no such recipe."""
+    """The tree knows no such recipe or optimizer."""
 
 
 class Step(TorchDispatchMode):
@@ -177,11 +186,51 @@ def count(recipe: str, m: int = M, k: int = K, n: int = N) -> dict[str, dict[str
         step.know(x, dy, *layer.parameters(), *layer.buffers())
         with step.interpreting(), step:
             saved = _run(layer, x, dy, step)
+    return _counters(step, f"step {recipe} linear", saved_bytes=saved)
+
+
+def count_optimizer(name: str) -> dict[str, dict[str, int]]:
+    """The counters of a step of one of `OPTIMIZERS` on float32 parameters that have their state, by name.
+
+    Raises:
+        Unknown: the tree has no such optimizer.   RuntimeError: see `Step.interpreting`.
+    """
+    import fqt
+    import fqt.nn
+
+    kind, options = OPTIMIZERS[name]
+    try:
+        import fqt.optim
+
+        make = getattr(fqt.optim, kind)
+    except (ImportError, AttributeError) as e:
+        raise Unknown(str(e)) from e
+    torch.manual_seed(0)
+    with fqt.backend("triton"):
+        layer, convolution = fqt.nn.Linear(K, N), torch.nn.Conv2d(IMAGES[1], IMAGES[0], IMAGES[2])
+        params = [*layer.parameters(), *convolution.parameters()]
+        weights, biases = params[::2], params[1::2]
+        optimizer = make([{"params": weights}, {"params": biases, "target": None}], **options, fused=True)
+        for p in params:
+            p.grad = torch.randn_like(p)
+        for _ in range(2):  # what is lazy, and then what finds its state
+            optimizer.step()
+            layer._quantized_weight(transposed=True)
+        step = Step()
+        step.know(*params, *(p.grad for p in params))
+        step.know(*(t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)))
+        with step.interpreting(), step:
+            optimizer.step()
+            layer._quantized_weight(transposed=True)
+    return _counters(step, f"step {name}")
+
+
+def _counters(step: Step, title: str, **more: int) -> dict[str, dict[str, int]]:
+    """By the title the sums, and the share of each kernel."""
     if not step.kernels:
-        raise RuntimeError(f"recipe {recipe!r} launched no kernel")
-    title = f"step {recipe} linear"
+        raise RuntimeError(f"{title} launched no kernel")
     totals = {"launches": step.kernels.total(), "bytes_loaded": step.loaded.total(), "bytes_stored": step.stored.total(),
-              "torch_operators": step.operators.total(), "peak_bytes": step.peak, "saved_bytes": saved}  # fmt: skip
+              "torch_operators": step.operators.total(), "peak_bytes": step.peak, **more}  # fmt: skip
     shares = {
         f"{title} {kernel}": {"launches": step.kernels[kernel], "bytes_loaded": step.loaded[kernel],
                               "bytes_stored": step.stored[kernel]}
@@ -201,18 +250,21 @@ def _run(layer, x: torch.Tensor, dy: torch.Tensor, step: Step | None = None) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="*", metavar="PATTERN")
-    parser.add_argument("--recipes", nargs="+", required=True, metavar="RECIPE")
+    parser.add_argument("--recipes", nargs="*", default=[], metavar="RECIPE")
+    parser.add_argument("--optimizers", nargs="*", default=[], metavar="OPTIMIZER", choices=OPTIMIZERS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     gc.disable()  # what is freed when must not depend on what else there is
     gc.freeze()
-    for recipe in args.recipes:
+    todo = [(f"step {recipe} linear", functools.partial(count, recipe)) for recipe in args.recipes]
+    todo += [(f"step {name}", functools.partial(count_optimizer, name)) for name in args.optimizers]
+    for title, counted in todo:
         try:
-            found = count(recipe)
+            found = counted()
         except Unknown as e:
-            found = {f"step {recipe} linear": {"unknown": str(e)[:500]}}
-        except Exception as e:  # whatever a kernel runs into: the other recipes still have counters
-            found = {f"step {recipe} linear": {"error": f"{type(e).__name__}: {e}"[:500]}}
+            found = {title: {"unknown": str(e)[:500]}}
+        except Exception as e:  # whatever a kernel runs into: the other steps still have counters
+            found = {title: {"error": f"{type(e).__name__}: {e}"[:500]}}
         for name, counters in found.items():
             if fnmatchcase(name, args.only):
                 print(json.dumps({name: counters}), flush=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -12,8 +12,8 @@ import torch
 
 from fqt.suites import SUITES
 
-from . import cases, householder, layers, operators, optim, products, train
-from .harness import Effort, Timer, repeat
+from . import cases, householder, layers, operators, optim, parameters, products, psgd, train
+from .harness import Case, Effort, Timer, repeat
 from .providers import has_fp8
 
 NAMES = ("smoke", "kernels", "layers", "optim", "train", "householder")
@@ -84,6 +84,7 @@ def _smoke(device: torch.device) -> list[Plan]:
         _plan(linear, "linear fwd+bwd", size, 2, device, effort=SMOKE),
         _plan(_conversion, "convert", (4, 128, 128), 1, device, effort=SMOKE),
         _householder(size, 2, device, effort=SMOKE),
+        _psgd(parameters.TINY, torch.float32, 1, device, effort=SMOKE, brief=True),
     ]
 
 
@@ -106,6 +107,17 @@ def _householder(shape: Sequence[int], needs_s: float, device: torch.device, sou
     return _plan(build, householder.title(source), shape, needs_s, device, effort=effort)
 
 
+def _psgd(of: parameters.Parameters, dtype: torch.dtype, needs_s: float, device: torch.device,
+          effort: Effort | None = None, **parts: bool) -> Plan:  # fmt: skip
+    build = functools.partial(_single, functools.partial(psgd.case, **parts), (of, dtype), device)
+    return Plan(psgd.title(of, dtype), of.size, needs_s, build, effort=effort)
+
+
+def _launches_of_psgd(of: parameters.Parameters, dtype: torch.dtype, needs_s: float, device: torch.device) -> Plan:
+    build = functools.partial(_launches_of_a_step, of, dtype, device)
+    return Plan(f"launches of {psgd.title(of, dtype)}", of.size, needs_s, build, "launches")
+
+
 def _on_cpu(suite: str, device: torch.device, quick: bool) -> list[Plan]:
     """Small shapes of the CPU backend, which is made to be exact and readable, not fast."""
     if suite == "kernels":
@@ -124,7 +136,9 @@ def _on_cpu(suite: str, device: torch.device, quick: bool) -> list[Plan]:
         sizes = {(128, 512, 512): 15, (512, 512, 512): 20, (2048, 1024, 1024): 40, large: 60}
         return [*(_householder(shape, needs_s, device, effort=DENSE) for shape, needs_s in sizes.items()),
                 *(_householder(large, 20, device, source, DENSE, authors=False) for source in others)]  # fmt: skip
-    return _steps(suite, device, ((1024, 1024),), ((128, 256, 3),), ((8, 32, 128, 2),))
+    small = (parameters.SMALL_RESNET50, parameters.SMALL_LLAMA) if suite == "optim" else ()
+    return [*(_psgd(of, torch.float32, 15, device) for of in small),
+            *_steps(suite, device, ((1024, 1024),), ((128, 256, 3),), ((8, 32, 128, 2),))]  # fmt: skip
 
 
 def _on_gpu(suite: str, device: torch.device, quick: bool) -> list[Plan]:
@@ -164,9 +178,16 @@ def _on_gpu(suite: str, device: torch.device, quick: bool) -> list[Plan]:
                 *(_householder(LARGE, 10, device, source, authors=False) for source in householder.SOURCES[1:]),
                 *(_householder(shape, 6, device, effort=BRIEF, authors=False) for shape in FRONTIER
                   if shape not in (*against, largest)), _householder(largest, 90, device, effort=BRIEF)]  # fmt: skip
+    if suite == "train":
+        mlp, encoder = ((4096, 2048, 4), ()) if quick else ((8192, 4096, 4), ((16, 512, 1024, 4),))
+        return _steps(suite, device, (), (mlp,), encoder)
+    nets = (parameters.RESNET50,) if quick else (parameters.LLAMA_8B, parameters.RESNET50)
+    each = [plan(of, torch.float32, s, device) for of in nets for plan, s in ((_psgd, 15), (_launches_of_psgd, 8))]
+    step = _steps(suite, device, ((4096, 4096),), (), ())
     if quick:
-        return _steps(suite, device, ((4096, 4096),), ((4096, 2048, 4),), ())
-    return _steps(suite, device, ((4096, 4096), (14336, 4096)), ((8192, 4096, 4),), ((16, 512, 1024, 4),))
+        return [*each, *step]
+    return [*each, *step, _psgd(parameters.LLAMA_8B, torch.bfloat16, 15, device),
+            *_steps(suite, device, ((14336, 4096),), (), ())]  # fmt: skip
 
 
 def _steps(suite: str, device: torch.device, weights: Sequence, mlps: Sequence, encoders: Sequence) -> list[Plan]:
@@ -211,11 +232,28 @@ def _launches(shape: tuple[int, int, int], device: torch.device, timer: Timer, r
 
 def layer_launches(count: Callable[[Callable[[], object]], dict[str, Any]], device: torch.device,
                    shape: tuple[int, int, int], refused: Mapping[str, str] = {}) -> list[dict[str, Any]]:  # fmt: skip
-    """The launches of one forward and backward of nn.Linear and of ours; counts do not vary from run to run."""
+    """The launches of one forward and backward of nn.Linear and of ours."""
     case = layers.linear(*shape, device, sets=1)
+    wanted = tuple(c for c in case.candidates if c.ours or c.name == case.baseline)
+    return case_launches(count, replace(case, candidates=wanted), refused)
+
+
+def _launches_of_a_step(of: parameters.Parameters, dtype: torch.dtype, device: torch.device, timer: Timer,
+                        refused: Mapping[str, str]) -> list[dict[str, Any]]:  # fmt: skip
+    from .cuda import launches
+
+    return case_launches(launches, psgd.case(of, dtype, device), refused)
+
+
+def case_launches(count: Callable[[Callable[[], object]], dict[str, Any]], case: Case,
+                  refused: Mapping[str, str] = {}) -> list[dict[str, Any]]:  # fmt: skip
+    """The launches of a run of each candidate that can run, once it is warm; counts do not vary from run to run."""
     found = []
-    for candidate in (c for c in case.candidates if c.name not in refused and (c.ours or c.name == case.baseline)):
-        for _ in range(3):
-            candidate.run(0)
+    for candidate in (c for c in case.candidates if not c.missing and c.name not in refused):
+        try:
+            for _ in range(3):
+                candidate.run(0)
+        except Exception:  # which the case that times it reports
+            continue
         found.append({"name": candidate.name, "shape": case.shape, **count(lambda run=candidate.run: run(0))})
     return found

@@ -7,12 +7,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from fqt.cli import table
 
 from .harness import DOES_NOT_FIT
 from .householder import SUITE as HOUSEHOLDER
 from .householder import costs
+from .parameters import LLAMA_8B, RESNET50, Parameters
 from .products import DISPATCHED
+from .psgd import EMITTING
+from .psgd import title as psgd_title
 
 HEADER = ("case", "shape", "candidate", "ms", "p10-p90", "rate", "ratio", "95 %", "prediction", "verdict")
 FAILED = ("wrong", "error")
@@ -120,6 +125,25 @@ def _repeated(result: Result) -> float | None:
     return 100.0 * found.count("ok") / len(found) if found else None
 
 
+def _launched(name: str, shape: str) -> Callable[[Result], float | None]:
+    """Kernels that a run of this candidate launches."""
+    key = (name, shape)
+    return lambda result: next((r["kernels"] for r in result["launches"] if (r["name"], r["shape"]) == key), None)
+
+
+def _psgd(of: Parameters) -> tuple[Target, ...]:
+    """T7, of a step over a network's float32 parameters; the copy's bytes are those of a step without codes."""
+    case, name = (psgd_title(of, torch.float32), of.size), of.name
+    return (
+        Target("T7", f"PSGD with int8 codes over a copy, {name}", 0.90,
+               _over(*case, ["psgd codes"], ["step copy"], "gb_s")),
+        Target("T7", f"PSGD with int8 codes over fused SGD, {name}", 1.00,
+               _over(*case, ["psgd codes"], ["sgd fused"], "per_ms")),
+        Target("T7", f"PSGD over PSGD by foreach, {name}", 4.00, _over(*case, ["psgd"], ["psgd foreach"], "per_ms")),
+        Target("T7", f"launches of PSGD with int8 codes, {name}", 1, _launched(EMITTING, of.size), "", at_most=True),
+    )  # fmt: skip
+
+
 GEMM, LINEAR, QUANTIZE = "gemm", "linear fwd+bwd", "quantize"
 CUBE8, CUBE4, SQUARE = "8192x8192x8192", "4096x4096x4096", "8192x8192"
 TARGETS = (
@@ -142,6 +166,8 @@ TARGETS = (
            _over(QUANTIZE, SQUARE, ["rows nearest"], ["rows stochastic"], "gb_s"), at_most=True),
     Target("T6", "stochastic over nearest time, both layouts", 1.10,
            _over(QUANTIZE, SQUARE, ["both nearest"], ["both stochastic"], "gb_s"), at_most=True),
+    *_psgd(LLAMA_8B),
+    *_psgd(RESNET50),
     Target("T8", "BHQ beyond PSQ, of dgrad at 8192³", 10, _beyond_psq(CUBE8, "whole global"), "%", at_most=True),
     Target("T8", "BHQ in tiles beyond PSQ, of dgrad at 8192³", 10, _beyond_psq(CUBE8, "whole tile"), "%", at_most=True),
     Target("T8", "BHQ beyond PSQ, of dgrad at 4096³", 15, _beyond_psq(CUBE4, "whole global"), "%", at_most=True),
@@ -204,7 +230,7 @@ def report(result: Result) -> str:
     if of_bhq:
         where = "on the CPU; a GPU: not measured" if e["device"] == "cpu" else "on the GPU"
         sections += [f"What BHQ costs, {where}. Times over those of the product that computes dX, and of PSQ", *of_bhq]
-    if {"kernels", "layers", HOUSEHOLDER} & set(result["suites"]):
+    if {"kernels", "layers", "optim", HOUSEHOLDER} & set(result["suites"]):
         targets = [t.row(result) for t in TARGETS]
         sections.append(table(("", "target", "bound", "measured", "verdict"), targets, right=(2, 3)))
     counted = [f"{len(result['counters'])} entries of noise-free counters"] if result["counters"] else []
@@ -231,8 +257,8 @@ def _rows(result: Result) -> Iterator[tuple[str, ...]]:
         yield ("memory", r["shape"], r["name"], "", "", rate, ratio, "", "", verdict)
     for r in result["repeats"]:
         yield ("repeat", r["shape"], r["name"], "", "", "", "", "", "", _verdict(r))
-    base = result["launches"][0]["kernels"] if result["launches"] else 0
     for r in result["launches"]:
+        base = next(other["kernels"] for other in result["launches"] if other["shape"] == r["shape"])
         rate, ratio = f"{r['kernels']} kernels", f"{r['kernels'] / base:.2f}" if base else ""
         yield ("launches", r["shape"], r["name"], "", "", rate, ratio, "", "", f"{r['copies']} copies or fills")
     for s in result["skipped"]:
@@ -247,8 +273,9 @@ def _row(case: dict[str, Any], candidate: dict[str, Any]) -> tuple[str, ...]:
         return (*head, "", "", "", "", "", tail, verdict)
     if candidate["starved"] > ms["n"] / 2:
         verdict += f"; host-bound: {candidate['host_ms']:.3f} ms to launch"
-    rate = {"GB/s": candidate["gb_s"], "ms": None}.get(case["unit"], candidate["tops"])
-    shown = "" if rate is None else f"{_digits(rate)} {case['unit']}"
+    unit = "GB/s" if case["unit"] == "ms" else case["unit"]
+    rate = candidate["gb_s" if unit == "GB/s" else "tops"]
+    shown = "" if rate is None else f"{_digits(rate)} {unit}"
     ratio = candidate.get("ratio")
     ratios = (_digits(ratio["value"]), f"{_digits(ratio['low'])}-{_digits(ratio['high'])}") if ratio else ("", "")
     return (*head, f"{ms['median']:.4f}", f"{ms['p10']:.4f}-{ms['p90']:.4f}", shown, *ratios, tail, verdict)

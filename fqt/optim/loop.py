@@ -1,8 +1,8 @@
 """The steps of the optimizers, of one tensor at a time in plain torch: the definition that every other path agrees with.
 
-Arithmetic is float32 (float64 for float64 weights) with one rounding for each operation written here; results are rounded once
-more where the tensor that holds them is bfloat16 or float16. Hyperparameters are numbers that Python computes in float64
-and that are then rounded to the arithmetic's dtype; lr may be a 0-d tensor.
+Arithmetic is float32 (float64 for float64 weights) with one rounding for each operation written here; results are rounded
+once more where the tensor that holds them is bfloat16 or float16. Hyperparameters are numbers that Python computes in
+float64 and that are then rounded to the arithmetic's dtype; lr may be a 0-d tensor.
 """
 
 from __future__ import annotations
@@ -28,6 +28,11 @@ def scale_of(w: Tensor, p: Position, state: dict) -> Tensor | None:
         return None
     if callable(p.target):
         points = p.target(w)
+        if points is not None and points.shape != w.shape:
+            raise ValueError(
+                f"the target function must return a tensor of the parameter's shape {tuple(w.shape)} or None, got shape "
+                f"{tuple(points.shape)}"
+            )
         return None if points is None else scale_to_points(w, p, points)
     newest = extremes(w, p.per_channel)
     state["range"] = advanced_range(p, state.get("range"), newest)
@@ -66,7 +71,7 @@ def sgd_step(w: Tensor, g: Tensor, state: dict, s: Tensor | None, *, lr: float |
         g = g + new * momentum if nesterov else new
     if s is not None and position == "update":
         g = g * s
-    return x - g * lr
+    return x - g * torch.as_tensor(lr, dtype=g.dtype, device=g.device)
 
 
 def adamw_step(w: Tensor, g: Tensor, state: dict, s: Tensor | None, *, lr: float | Tensor, betas: tuple[float, float],
@@ -86,7 +91,13 @@ def adamw_step(w: Tensor, g: Tensor, state: dict, s: Tensor | None, *, lr: float
     state["exp_avg"], state["exp_avg_sq"] = first.to(w.dtype), second.to(w.dtype)
     state["powers"] = state["powers"] * torch.tensor(betas, dtype=torch.float64, device=w.device)
     c1, c2 = (1 - state["powers"]).to(g.dtype)
-    update = (first / c1) / (second.sqrt() / c2.sqrt() + eps)
+    update = (first / c1) / (root(second) / root(c2) + eps)
     if s is not None and position == "update":
         update = update * s
     return x - update * lr
+
+
+def root(x: Tensor) -> Tensor:
+    """√x, correctly rounded in float32: torch's own on a CPU is one unit off for some x. float64 has over 2·24 + 2 bits, so
+    that its rounding, or an error of one unit, leaves the one to float32 as it is."""
+    return x.sqrt() if x.dtype == torch.float64 else x.double().sqrt().to(x.dtype)

@@ -21,7 +21,7 @@ _MFMA = r"v_mfma_i32_(32x32x16|16x16x32)_i8"
 
 # They handle a few numbers for each row or group.
 OF_GROUPS = {"_params_kernel", "_row_ranges_kernel", "_leaders_kernel", "_groups_kernel", "_tile_groups_kernel",
-             "_group_absmax_kernel", "_choose_kernel", "_householder_weights_kernel"}  # fmt: skip
+             "_group_absmax_kernel", "_choose_kernel", "_householder_weights_kernel", "_int8_prepare_kernel"}  # fmt: skip
 
 
 def is_product(name: str) -> bool:
@@ -88,7 +88,8 @@ def wide_loads(arch: str, triton: tuple[int, int], name: str, figures: dict) -> 
         return True
     piece = 8 if arch.startswith("gfx") else 16
     # What is found of rows or groups is little beside what is read. The first transform of auto finds ranges.
-    finds = kernel.endswith("_stats_kernel") or kernel.startswith("_follower") or ("auto" in name and "#2" not in name)
+    finds = kernel.endswith(("_stats_kernel", "_extremes_kernel")) or kernel.startswith("_follower")
+    finds = finds or ("auto" in name and "#2" not in name)
     return max(figures["loads"]) >= piece and (finds or max(figures["stores"]) >= piece)
 
 
