@@ -243,3 +243,19 @@ def test_a_range_for_each_channel_begins_anew():
         optimizer.step()
         found = optimizer.position_of(w)[1]["range"]
         assert found.shape == (rows, 2) and torch.equal(found, before)
+
+
+def test_misspelt_options_of_the_groups_are_refused():
+    model = nn.Linear(4, 3)
+    for name, meant in (
+        ("sparisty", "sparsity"),
+        ("bit", "bits"),
+        ("targets", "target"),
+        ("per_chanel", "per_channel"),
+    ):
+        with pytest.raises(TypeError, match=meant):
+            param_groups(model, **{name: 1})
+    options = dict(
+        lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, position_eps=0.1, amsgrad=True, position="grad"
+    )
+    assert param_groups(model, **options)[0].items() >= options.items()

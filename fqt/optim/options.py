@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import warnings
 from collections.abc import Mapping
@@ -162,17 +163,21 @@ def param_groups(model: nn.Module, **weight_options) -> list[dict]:
     Args:
         model: nn.Linear and nn.Conv1d, 2d, 3d and their transposes count, and every subclass, `fqt.nn.Linear` among them.
             Where a weight is computed by one parametrization of another tensor (`fqt.lsq_`), that tensor counts.
-        weight_options: of the optimizer, for the weights; what is not given is the optimizer's default.
+        weight_options: of the optimizer, for the weights; what is not given is the optimizer's default. ε is `eps` for
+            `PSGD` and `position_eps` for the others, where `eps` is their own.
 
     Returns:
         Groups with names, in the order of `model.named_parameters()`; a parameter that several layers share comes once, as a
         weight if it is one of theirs. A group without parameters is left out.
 
     Raises:
-        TypeError: model is no module.
+        TypeError: model is no module, or the name of an option is a misspelt one.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    for name in weight_options.keys() - {*FIELDS, "position_eps"}:
+        if meant := difflib.get_close_matches(name, FIELDS, 1, 0.8):  # optimizers ignore keys that they do not know
+            raise TypeError(f"unknown option {name!r}: did you mean {meant[0]!r}?")
     layers = (nn.Linear, nn.modules.conv._ConvNd)
     weights = {id(_weight(m)) for m in model.modules() if isinstance(m, layers)}
     split = ([], [])

@@ -39,15 +39,13 @@ class PSGD(PositionOptimizer):
     are, and the weights are updated. A step that `torch.amp.GradScaler` skips advances nothing. Gradients are only read:
     unlike torch's fused optimizers, this one leaves them scaled. Steps cannot be differentiated.
 
-    Synchronization with the host: none with the kernel, except that with a GradScaler the steps that make new state look at
-    found_inf; the multi-tensor operations look at it in every such step. In a CUDA graph the kernel's steps can be captured
-    after a first one outside; lr has to be a tensor there to be changed, no layer's codes are written, and `fqt.invalidate_`
-    goes between replays and a forward pass outside of the graph.
+    The kernel learns the range of the weights that it writes. Other writes are noticed by autograd's versions; those that
+    autograd does not see (`.data`, torch's fused optimizers, between replays of a CUDA graph) reach the range a step later.
 
-    The kernel finds the weights' extremes in the step before, if their versions say that nothing was written since: after a
-    write that autograd does not see (through `.data`) its range is that of the old weights for one step.
-
-    `fallbacks`: parameters on a GPU that the kernel does not step, and why (said once, as a warning).
+    Synchronization with the host: none with the kernel, except that with a GradScaler the steps that make new state, or
+    follow a change of options, look at found_inf; the multi-tensor operations look at it in every such step. In a CUDA
+    graph the kernel's steps can be captured after a first one outside; lr has to be a tensor there to be changed, no
+    layer's codes are written, and `fqt.invalidate_` goes between replays and a forward pass outside of the graph.
 
     Raises:
         TypeError, ValueError: an option is out of range; a parameter or (in `step`) a gradient cannot be used.
