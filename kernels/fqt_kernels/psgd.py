@@ -362,9 +362,13 @@ class MultiTensor:
         if stale:
             flags = {name: batch.flags[name] for name in ("DTYPE", "COUNTS", "ALIGNED")}
             self._run(_psgd_stats_kernel, batch, stale, (numbers, self._ticket), flags)
+        from .householder_sums import all_registers
+
         everything = list(range(len(members)))
         operands = numbers, found_inf, grad_scale, self._ticket
-        self._run(_psgd_kernel, batch, everything, operands, batch.flags)
+        # AdamW with targets that are functions needs more than two programs on a processor have; nothing else does.
+        options = all_registers(NUM_WARPS) if batch.flags["ADAMW"] and batch.flags["POINTS"] else {}
+        self._run(_psgd_kernel, batch, everything, operands, batch.flags | options)
 
     def _run(self, kernel: triton.JITFunction, batch: _Batch, which: list[int], operands: tuple, flags: dict) -> None:
         """Launch a kernel over some tensors of a batch."""
