@@ -29,11 +29,13 @@ if not PINNED:
 def is_worth_it(arch: str, name: str) -> bool:
     """Whether a launch is compiled for the architecture: all for sm_90 with the pinned Triton; else those that need the most
     of each kernel and configuration, and those that dispatch chooses without being asked; of sm_120, whose instructions
-    are sm_80's, the products."""
+    are sm_80's, the products, and of sm_80 the steps of optimizers only with the pinned Triton."""
     if PINNED and arch == "sm_90":
         return True
     words = name.split()
     if arch == "sm_120" and not re.match(r"\d+x\d+x\d+ ", name):
+        return False
+    if arch == "sm_80" and not PINNED and words[0] in ("psgd", "int8"):  # element by element, as on sm_90
         return False
     plain = "split" in words or not {"added", "absmax"} & set(words)
     few = (
