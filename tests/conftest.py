@@ -39,6 +39,15 @@ def guard(monkeypatch):
     guarded.check()
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """As demo, studies and benchmarks compute on a CPU: sums have one order, and no thread waits for another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     """Every test starts from the same seeds, torch's and fqt's."""

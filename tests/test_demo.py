@@ -18,13 +18,7 @@ needs_extras = pytest.mark.skipif(
 NAMES = [*demo.EIGHT_BITS, "ptq2", "psq2", "bhq2"]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """As the command does: threads that wait for each other on a busy machine cost far more than they gain here."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

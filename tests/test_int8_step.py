@@ -258,7 +258,7 @@ def test_the_kernel_changes_scales_as_the_definition(memory):
 def test_the_kernel_takes_a_learning_rate_on_the_device(memory):
     p = weight(5, 8)
     want, g = copy.deepcopy(p), torch.randn(5, 8)
-    hyper = int8._hyper(p, PLAIN, GROUP, False, False)
+    hyper = int8._hyper(PLAIN, GROUP, "sgd", False)
     kernels.int8_step(p.q, p.qt, p.scale, p.rng, g, hyper._replace(lr=torch.tensor(0.05), momentum=0.0))
     int8.step_(want, g, {}, PLAIN, GROUP | {"momentum": 0.0}, "sgd", fused=False)
     assert_same_state(p, {}, want, {})
@@ -266,7 +266,7 @@ def test_the_kernel_takes_a_learning_rate_on_the_device(memory):
 
 def test_codes_do_not_depend_on_the_tile():
     p = weight(35, 70)
-    g, hyper, results = torch.randn(35, 70), int8._hyper(p, PLAIN, SGD, False, False), []
+    g, hyper, results = torch.randn(35, 70), int8._hyper(PLAIN, SGD, "sgd", False), []
     for tile in ((16, 32, 1), (32, 128, 1)):
         w = copy.deepcopy(p)
         kernels.int8_step(w.q, w.qt, w.scale, w.rng, g, hyper, tile=tile)
@@ -290,7 +290,7 @@ def test_a_skipped_step_changes_nothing(fused):
 def test_tensors_that_the_kernel_cannot_address_are_refused():
     p = weight()
     with pytest.raises(ValueError, match="first must be contiguous"):
-        hyper = int8._hyper(p, PLAIN, GROUP, False, False)
+        hyper = int8._hyper(PLAIN, GROUP, "sgd", False)
         kernels.int8_step(p.q, p.qt, p.scale, p.rng, torch.ones(6, 9), hyper, first=torch.zeros(9, 6).t())
 
 

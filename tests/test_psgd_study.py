@@ -18,13 +18,7 @@ PLAN = Plan("cnn", pretrain=2, steps=3, batch=16, seeds=2)
 SOME = ["sgd", "psgd-2"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """As in the study: the order of sums, and with it the numbers, are then fixed."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -279,3 +279,16 @@ def test_the_scale_is_the_distance_to_the_fake_quantized_weight():
     target = FakeQuantized(model)
     s = scale_to_points(w, Position(target, scale=3.0), target(w))
     assert_same(s, ((w - model[0].weight).abs() * 3.0).detach())
+
+
+def test_a_model_is_searched_once_for_all_of_its_parameters(monkeypatch):
+    model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 4))
+    fqt.lsq_(model, bits=4)
+    target, searches = FakeQuantized(model), []
+    search = model.named_modules
+    monkeypatch.setattr(model, "named_modules", lambda *a, **k: (searches.append(1), search(*a, **k))[1])
+    for _ in range(2):
+        found = {name: target(p) is not None for name, p in model.named_parameters()}
+    quantized = {name for name, there in found.items() if there}
+    assert quantized == {f"{i}.parametrizations.weight.original" for i in (0, 2)}
+    assert len(searches) - 2 == 1  # named_parameters searches as well

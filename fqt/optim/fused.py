@@ -146,10 +146,15 @@ class Kernel:
                     del states[slot.w][name]
 
     def _hyper(self, found: Found, lr: float | Tensor) -> Hyper:
-        of = found.position, lr, *(found.group[key] for key in _HYPERS[self._rule])
+        values = (found.group[key] for key in _HYPERS[self._rule])
+        of = (
+            found.position,
+            lr,
+            *(tuple(v) if isinstance(v, list) else v for v in values),
+        )  # a list may change by itself
         known = self._hypers.get(found.index)
         if known is None or known[0][1] is not lr or known[0] != of:
-            known = self._hypers[found.index] = of, _hyper(found, lr, self._rule)
+            known = self._hypers[found.index] = of, hyper_of(found.position, found.group, lr, self._rule)
         return known[1]
 
     def _slot(self, w: Tensor, g: Tensor, held: dict, found: Found, points: Tensor | None) -> Slot:
@@ -200,7 +205,7 @@ def _against(found: Found, w: Tensor, held: Mapping, rule: str) -> str | None:
     if p.has_range and w.numel():
         range = torch.empty(_rows(w, p), 2, device=w.device)
         threshold = torch.empty(1, device=w.device) if p.target == "grid+zero" else None
-    return unsupported(Slot(w, w, first, second, range=range, threshold=threshold), _hyper(found, 0.0, rule))
+    return unsupported(Slot(w, w, first, second, range=range, threshold=threshold), hyper_of(p, found.group, 0.0, rule))
 
 
 def _rows(w: Tensor, p: Position) -> int:
@@ -213,14 +218,16 @@ def _some(found: Found, which: list[int]) -> Found:
     return found._replace(**dict(zip(("params", "grads", "numbers"), lists, strict=True)), points=[])
 
 
-def _hyper(found: Found, lr: float | Tensor, rule: str) -> Hyper:
-    p, group = found.position, found.group
+def hyper_of(p: Position, group: Mapping, lr: float | Tensor, rule: str) -> Hyper:
+    """A group's hyperparameters as the kernels take them; lr a number or a 0-d float32 tensor on the device."""
     of_position = {
         name: getattr(p, name) for name in ("qmax", "sparsity", "scale", "eps", "delta", "per_channel", "position")
     }
     target = "points" if callable(p.target) else p.target
     largest = 1.0 if p.scale != "auto" else p.largest
     own = {"adam_eps" if key == "eps" else key: group[key] for key in _HYPERS[rule]}
+    if rule == "adamw":
+        own["betas"] = tuple(own["betas"])
     return Hyper(lr, target=target, largest=largest, **of_position, **own)
 
 

@@ -142,7 +142,7 @@ def _launch(p: Int8Weight, g: Tensor, state: dict, position: Position, group: di
         state["threshold"] = first_threshold(p.dequantize(torch.float32), position.sparsity)
     with device_guard(p.q):
         int8_step(
-            p.q, p.qt, p.scale, p.rng, g, _hyper(p, position, group, adamw, s is not None),
+            p.q, p.qt, p.scale, p.rng, g, _hyper(position, group, rule, s is not None),
             first=state[first] if first else None, second=state["exp_avg_sq"] if adamw else None,
             powers=state["powers"] if adamw else None, range=state["range"] if ranges else None,
             threshold=state["threshold"] if zeros else None, s=s, fresh=fresh, fresh_threshold=fresh_threshold, new=new,
@@ -151,21 +151,12 @@ def _launch(p: Int8Weight, g: Tensor, state: dict, position: Position, group: di
     torch.autograd.graph.increment_version((p, p.q, p.qt, p.scale, p.rng))
 
 
-def _hyper(p: Int8Weight, position: Position, group: dict, adamw: bool, points: bool):
-    """A group's hyperparameters as the kernel takes them."""
-    from fqt_kernels.psgd_table import Hyper
+def _hyper(position: Position, group: dict, rule: str, points: bool):
+    """A group's hyperparameters as the kernel takes them. points: there is a scale of a target that is a function."""
+    from .fused import hyper_of
 
     lr = group["lr"]
     if isinstance(lr, Tensor):
         lr = lr.item() if lr.device.type == "cpu" else lr.to(torch.float32)
-    known = {
-        name: group[name] for name in (*_HYPER["adamw" if adamw else "sgd"], "maximize") if name not in ("lr", "eps")
-    }
-    if adamw:
-        known["betas"] = tuple(known["betas"])
-    return Hyper(
-        lr if isinstance(lr, Tensor) else float(lr), **known, **({"adam_eps": group["eps"]} if adamw else {}),
-        target="points" if points else position.target if position.has_range else None,
-        qmax=position.qmax, sparsity=position.sparsity, scale=position.scale, largest=position.largest, eps=position.eps,
-        delta=position.delta, per_channel=position.per_channel, position=position.position,
-    )  # fmt: skip
+    target = "points" if points else position.target if position.has_range else None
+    return hyper_of(position, group, lr if isinstance(lr, Tensor) else float(lr), rule)._replace(target=target)
