@@ -181,30 +181,38 @@ def quantize(
     else:
         hi = row_absmax.view(torch.float32)[:, None].to(y.dtype)
         lo = -hi
-    e4m3 = quantizer.format == "e4m3"
-    scale, inv, z, i, offset = quantization_params(lo, hi, quantizer.bits, quantizer.zero, quantizer.format)
-    y = y * inv if quantizer.zero == "symmetric" else (y - z) * inv + i
-    y = y.nan_to_num(0.0)  # NaN has no code; the scale carries it
-    if (
-        row_absmax is not None and not e4m3
-    ):  # a range that does not hold: fixed point has no room for what is far beyond it
-        y = y.clamp(1 - 2 ** (quantizer.bits - 1), 2 ** (quantizer.bits - 1) - 1)
     bits = random_bits(rng, m, n, stream=stream, rank=rank) if quantizer.rounding == "stochastic" else None
-    symmetric = quantizer.zero == "symmetric"
-    if e4m3:
-        q = round_e4m3(y, quantizer.rounding, bits)
-    else:
-        q = round_codes(y, quantizer.rounding, bits)
-        shift = 2 ** (quantizer.bits - 1)
-        q = (q.clamp(1 - shift, shift - 1) if symmetric else q.clamp(0, 2 * shift - 1) - shift).to(torch.int8)
+    q, scale, offset = codes(y, lo, hi, quantizer, bits, given=row_absmax is not None)
     return QTensor(
         q=q if rows else None,
         qt=q.view(torch.int8).t().clone(memory_format=torch.contiguous_format).view(q.dtype) if cols else None,
         scale=scale,
-        offset=None if symmetric else offset,
+        offset=offset,
         row_sum=q.sum(1, dtype=torch.int32) if sums and rows else None,
         col_sum=q.sum(0, dtype=torch.int32) if sums and cols else None,
     )
+
+
+def codes(
+    y: Tensor, lo: Tensor, hi: Tensor, quantizer: Quantizer, bits: Tensor | None = None, *, given: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(codes, scale, offset or None where symmetric) of y, float32 or float64 of any shape, in the ranges lo to hi.
+
+    lo, hi: broadcast against y, and scale and offset have their shape.   bits: of y's shape, for a stochastic rounding.
+    given: the ranges were not found in y, so that it may lie beyond them: it clips there.
+    """
+    scale, inv, z, i, offset = quantization_params(lo, hi, quantizer.bits, quantizer.zero, quantizer.format)
+    symmetric = quantizer.zero == "symmetric"
+    y = y * inv if symmetric else (y - z) * inv + i
+    y = y.nan_to_num(0.0)  # NaN has no code; the scale carries it
+    if quantizer.format == "e4m3":
+        return round_e4m3(y, quantizer.rounding, bits), scale, None
+    shift = 2 ** (quantizer.bits - 1)
+    if given:  # fixed point has no room for what is far beyond the range
+        y = y.clamp(1 - shift, shift - 1)
+    q = round_codes(y, quantizer.rounding, bits)
+    q = q.clamp(1 - shift, shift - 1) if symmetric else q.clamp(0, 2 * shift - 1) - shift
+    return q.to(torch.int8), scale, None if symmetric else offset
 
 
 def _range(y: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor]:
