@@ -36,6 +36,7 @@ INTERPRETER_CONFIG = (32, 32, 32, 1, 1)  # the interpreter's cost is per program
 # row, and of either; 32 bytes of a transposed row. Compiled for sm_80 and sm_90.
 MORE_TILES = ((128, 64, 8), (128, 128, 8))
 MORE_LONG_ROWS = ((32, 128, 8),)
+CONVOLUTIONS = ("conv", "conv_wgrad", "quantize_images")
 _MAX_SPLIT = 32
 _MIN_SPLIT_STEPS = 8  # blocks of K that each program keeps: a pipeline of 4 stages is full for half of them
 
@@ -63,7 +64,9 @@ def candidates(problem: Problem) -> tuple[Candidate, ...]:
     guess = heuristic(problem)
     if guess is None or (problem.deterministic and problem.op == "scaled_mm" and problem.format != "int"):
         return (guess,) if guess else ()
-    if problem.op == "quantize_gradient":
+    if problem.op in CONVOLUTIONS:  # nothing to tune
+        found = []
+    elif problem.op == "quantize_gradient":
         found = [Candidate("tile", tile) for tile in _tiles_of(problem)]
     elif problem.op == "quantize":
         found = _quantizations(problem)
@@ -121,6 +124,8 @@ def heuristic(problem: Problem) -> Candidate | None:
         return next(c for c in _quantizations(p) if c.kernel == kernel)
     if p.op == "quantize_gradient":
         return Candidate("tile", _tiles_of(p)[0])
+    if p.op in CONVOLUTIONS:
+        return None if against_convolution(p) else _convolution(p)
     return Candidate("portable", INTERPRETER_CONFIG) if interpreted else _product(p)
 
 
@@ -166,6 +171,8 @@ def no_kernel(p: Problem) -> str | None:
     if family(p):
         return None
     name, kind = p.arch.replace("sm", "sm_") or p.device, "int8" if p.format == "int" else "float8"
+    if p.arch == "sm103" and p.op in CONVOLUTIONS:
+        return "sm_103 has next to no INT8 throughput: leave convolutions in bfloat16 on it"
     if p.arch == "sm103":
         return "sm_103 has next to no INT8 throughput: use recipe 'fp8' on it"
     if not cannot_compile(p):
@@ -274,11 +281,18 @@ def _splits(p: Problem, config: tuple[int, ...]) -> list[Candidate]:
 
 def tiles(p: Problem, config: tuple[int, ...]) -> int:
     """Of the output."""
-    return -(-p.m // config[0]) * -(-p.n // config[1])
+    return -(-p.m // config[0]) * -(-p.n // config[1]) * _count(p, "groups")
 
 
 def _steps(p: Problem, config: tuple[int, ...]) -> int:
-    return -(-p.k // config[2])
+    taps = _count(p, "taps")
+    return taps * -(-p.k // (taps * config[2]))
+
+
+def _count(p: Problem, what: str) -> int:
+    """Of a convolution its "groups" or, where the sum goes over them one after the other, its "taps"."""
+    words = p.kind.split()
+    return int(words[words.index(what) - 1]) if what in words else 1
 
 
 def cost(p: Problem, candidate: Candidate) -> float:
@@ -296,6 +310,57 @@ def cost(p: Problem, candidate: Candidate) -> float:
     depth = -(-_steps(p, config) // split) * block_k + 256
     adding = 16 * block_m * block_n / ((128 + 256) * 128) if split > 1 else 0.0
     return waves * (depth / 128 * speed + adding)
+
+
+# ---- convolutions
+
+
+def against_convolution(p: Problem) -> str | None:
+    """Why no kernel computes an operator of a convolution, None if one does."""
+    from fqt_kernels.gemm import MAX_INT32_TERMS
+
+    if p.format != "int":
+        return "convolutions have kernels for int8 codes only"
+    if p.op == "conv" and p.k > MAX_INT32_TERMS:
+        return f"a sum of {p.k} products (taps times channels of a group) leaves int32, which holds {MAX_INT32_TERMS}"
+    return None
+
+
+def _convolution(p: Problem) -> Candidate:
+    """The configuration of the least `cost`; of wgrad with the number of programs that share a sum."""
+    if p.op == "quantize_images":
+        return Candidate("", ())
+    if p.device == "cpu":
+        config = (128, *INTERPRETER_CONFIG[1:]) if p.op == "conv" else INTERPRETER_CONFIG  # many pixels, few channels
+        return Candidate("", config, _least_splits(p, config))
+    if p.op == "conv":
+        from fqt_kernels import conv
+
+        if p.k // _count(p, "taps") % 16:
+            return Candidate("", conv.UNALIGNED_CONFIG)
+        configs = [config for config in conv.CONFIGS[_table_of(p)] if conv.fits(config, p.n)]
+    else:
+        from fqt_kernels.conv_wgrad import CONFIGS
+
+        configs = CONFIGS[_table_of(p)]
+    found = [Candidate("", config, split) for config in configs for split in _wgrad_splits(p, config)]
+    return min(found, key=lambda candidate: cost(p, candidate))
+
+
+def _least_splits(p: Problem, config: tuple[int, ...]) -> int:
+    """Programs that must share a sum of wgrad: a program's part, whole blocks of K, stays within int32."""
+    from fqt_kernels.gemm import MAX_INT32_TERMS
+
+    return max(-(-_steps(p, config) // (MAX_INT32_TERMS // config[2])), 1) if p.op == "conv_wgrad" else 1
+
+
+def _wgrad_splits(p: Problem, config: tuple[int, ...]) -> range:
+    """Programs that may share a sum of wgrad: two waves of them at most, each with enough blocks of K."""
+    least = _least_splits(p, config)
+    if p.op != "conv_wgrad":
+        return range(least, least + 1)
+    free = 2 * p.processors // max(tiles(p, config), 1)
+    return range(least, max(least, min(free, _steps(p, config) // _MIN_SPLIT_STEPS)) + 1)
 
 
 # ---- quantizations

@@ -43,14 +43,18 @@ class Problem:
     """One call of an operator, as far as its choice of kernel may depend on it.
 
     op: "quantize" (an (m, n) matrix), "quantize_gradient" (two quantizations of one), "householder" (its transform and
-    quantization, of which there is nothing to tune), "psgd" (an optimizer's step of all parameters of a dtype; nor of this)
-    or "scaled_mm" ((m, k) times (n, k) transposed). dtype: of the unquantized input, or of the parameters.
+    quantization, of which there is nothing to tune), "psgd" (an optimizer's step of all parameters of a dtype; nor of this),
+    "scaled_mm" ((m, k) times (n, k) transposed), or of a convolution, nor of these: "conv" (fprop or dgrad: m pixels of all
+    images' outputs, n channels of theirs in a group, sums of k = taps times channels of a group), "conv_wgrad" (m output
+    channels of a group, n = input channels of a group times taps, sums over k = output pixels of all images) and
+    "quantize_images" (m pixels of n channels). dtype: of the unquantized input, or of the parameters.
     format: of the codes, "int" or "e4m3". arch: "sm90", "gfx942", "" without a GPU. processors:
     streaming multiprocessors or compute units. triton: its version, None where it is not installed. force: what the user
     asked for by `fqt.backend`. plain: the product is neither added to an existing output nor are its row maxima wanted.
     kind: of a quantization, what else its speed depends on: words with blanks between, granularity, rounding, layout
     ("rows", "cols" or "both"), "strided" where x is not contiguous, "stats" where its ranges are given; of
-    "quantize_gradient" both granularities; of "householder" how groups are formed. deterministic:
+    "quantize_gradient" both granularities; of "householder" how groups are formed; of "conv" and "conv_wgrad" "32 groups",
+    "9 taps", where there is more than one (taps of "conv" only). deterministic:
     `torch.use_deterministic_algorithms` is on.
     """
 
@@ -116,6 +120,11 @@ def _without_a_choice(p: Problem) -> Choice | None:
         return Choice("reference", None, "asked for")
     if p.dtype == "float64":
         return Choice("reference", None, "float64 is computed by the reference")
+    if p.op in candidates.CONVOLUTIONS and (why := candidates.against_convolution(p)):
+        if p.force == "triton" or (p.force == "hopper" and p.device != "cpu"):
+            raise RuntimeError(f"fqt.backend({p.force!r}): {why}")
+        if p.force == "auto":
+            return Choice("reference", None, why, fallback=p.device != "cpu")
     if p.device == "cpu":
         return _on_cpu(p)
     missing = _missing(p)
@@ -149,6 +158,9 @@ def _on_cpu(p: Problem) -> Choice:
         return Choice("reference", None, "CPU tensors")
     if p.triton is None:
         raise RuntimeError("fqt.backend('triton'): Triton is not installed")
+    if p.op in ("conv", "conv_wgrad"):
+        _, config, split = candidates.heuristic(p)
+        return Choice("triton", config, "asked for, in the interpreter", split_k=split)
     if p.op != "scaled_mm":
         return Choice("triton", None, "asked for, in the interpreter")
     return Choice("triton", candidates.INTERPRETER_CONFIG, "asked for, in the interpreter", "portable")
@@ -184,25 +196,32 @@ def _guessed(p: Problem) -> Choice:
         return Choice("triton", None, "grouping, transform and rounding on the device")
     if p.op == "psgd":
         return Choice("triton", None, "one launch for all parameters")
+    if p.op in ("conv", "conv_wgrad"):
+        _, config, split = candidates.heuristic(p)
+        return Choice("triton", config, f"implicit GEMM, {_sharing(p, config, split)}", "", split, source="heuristic")
     if p.op != "scaled_mm":
         return Choice("triton", None, "fused statistics and rounding", source="heuristic")
     from fqt_kernels.gemm import MAX_INT32_TERMS
 
     kernel, config, split = candidates.heuristic(p)
-    tiles = candidates.tiles(p, config)
-    shared = f": {split} programs share a sum" if split > 1 else ""
-    reason = f"{tiles} tile{'s' * (tiles > 1)} for {p.processors} processors{shared}"
+    reason = _sharing(p, config, split)
     if p.format == "int" and p.k > MAX_INT32_TERMS:
         reason = f"sums of {p.k} terms leave int32 in pieces"
     return Choice("triton", config, reason, kernel, split, source="heuristic")
 
 
+def _sharing(p: Problem, config: tuple[int, ...], split: int) -> str:
+    tiles = candidates.tiles(p, config)
+    shared = f": {split} programs share a sum" if split > 1 else ""
+    return f"{tiles} tile{'s' * (tiles > 1)} for {p.processors} processors{shared}"
+
+
 def _remarked(p: Problem, choice: Choice) -> Choice:
-    """With what the user should know of the portable kernel."""
-    if choice.kernel != "portable":
+    """With what the user should know of the portable kernels."""
+    if choice.kernel != "portable" and p.op not in ("conv", "conv_wgrad"):
         return choice
     reason, slow = choice.reason, False
-    if p.force == "hopper":
+    if p.force == "hopper" and p.op == "scaled_mm":
         reason += f"; not the Hopper kernel: {candidates.against_hopper(p)}"
     if p.arch == "sm100" and p.format == "int" and _version(p.triton) < (3, 8):
         slow = True
@@ -238,7 +257,7 @@ def choose(
     tuning = _tuning()
     table = tuning.table(device)
     choice = _chosen(table, *call)
-    if choice.source in ("nearest", "heuristic") and tuning.enabled() and not _is_recorded():
+    if choice.source in ("nearest", "heuristic") and op in OPS and tuning.enabled() and not _is_recorded():
         posed = _problem(*call)
         if table.exact(posed) is None:
             tuning.tune_now(posed, device)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import dispatch, reference, selftest_householder, selftest_int8_step, selftest_psgd
+from . import dispatch, reference, selftest_conv, selftest_householder, selftest_int8_step, selftest_psgd
 from .candidates import MORE_LONG_ROWS, MORE_TILES, candidates
 from .qtensor import Operand
 from .recipe import GRANULARITIES, ROUNDINGS, ZEROS, Quantizer, Recipe
@@ -47,7 +47,8 @@ def kernel_checks(device: torch.device, interpreter: bool = False) -> Iterator[C
     yield from _gradient_checks(device)
     yield from _scaled_mm_checks(device, interpreter)
     if interpreter or "int" in formats_with_kernels(device):
-        yield from (Check(*check) for check in selftest_householder.checks(device))
+        for module in (selftest_householder, selftest_conv):
+            yield from (Check(*check) for check in module.checks(device))
     for module in (selftest_psgd, selftest_int8_step):
         yield from (Check(*check) for check in module.checks(device))
 

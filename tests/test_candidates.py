@@ -136,6 +136,15 @@ def test_determinism_leaves_float8_its_guess_and_int8_everything():
         assert candidates(Problem(**vars(p) | {"deterministic": True})) == candidates(p)
 
 
+@pytest.mark.parametrize("op", module.CONVOLUTIONS)
+def test_convolutions_have_a_guess_and_no_competition(op):
+    p = Problem(op, 4096, 64, 576, device="cuda", triton="3.7.1", **GPUS["sm90"], kind="9 taps")
+    assert candidates(p) == (heuristic(p),) and module.allows(p, heuristic(p))
+    choice = select(p)
+    assert heuristic(p) == (choice.kernel, choice.config or (), choice.split_k)
+    assert candidates(Problem(**vars(p) | {"format": "e4m3"})) == ()
+
+
 @pytest.mark.parametrize(
     "kind, m, n, kernels",
     [

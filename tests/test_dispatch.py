@@ -143,6 +143,79 @@ def test_every_family_of_gpu_has_configurations():
     assert {*candidates.FP8_FAMILY.values()} == FP8_CONFIGS.keys()
 
 
+# ---- convolutions
+
+
+def convolution(op="conv", m=50_176, n=256, k=9 * 256, kind="9 taps", **change):
+    return select(Problem(op, m, n, k, **{**H100, "kind": kind, **change}))
+
+
+@pytest.mark.parametrize("op", candidates.CONVOLUTIONS)
+def test_convolutions_go_the_way_of_products(op):
+    """The backend and what the user is told; forcing, too."""
+    assert convolution(op).backend == "triton" and convolution(op).source == "heuristic"
+    for change, fallback in (
+        ({"triton": None}, True), ({"arch": "sm75"}, True), ({"arch": "sm103"}, True), ({"format": "e4m3"}, True),
+        ({"device": "cpu", "arch": ""}, False), ({"dtype": "float64"}, False), ({"force": "reference"}, False),
+    ):  # fmt: skip
+        choice = convolution(op, **change)
+        assert (choice.backend, choice.fallback) == ("reference", fallback), change
+    assert "leave convolutions in bfloat16" in convolution(op, arch="sm103").reason
+    assert convolution(op, format="e4m3").reason == "convolutions have kernels for int8 codes only"
+    interpreted = convolution(op, device="cpu", arch="", force="triton")
+    assert interpreted.backend == "triton" and (interpreted.config is None) == (op == "quantize_images")
+    slow = convolution(op, arch="sm100", triton="3.7.1")
+    assert slow.fallback == (op != "quantize_images") and ("tcgen05" in slow.reason) == slow.fallback
+    for forced in ({"force": "triton"}, {"force": "hopper"}):
+        assert convolution(op, **forced).backend == "triton"
+        with pytest.raises(RuntimeError, match="int8 codes only"):
+            convolution(op, format="e4m3", **forced)
+
+
+def test_convolutions_get_configurations_of_their_own_kernels():
+    from fqt_kernels import conv, conv_wgrad
+
+    assert {*candidates.FAMILY.values(), "amd"} == conv.CONFIGS.keys() == conv_wgrad.CONFIGS.keys()
+    for arch, n, (taps, channels) in itertools.product(("sm80", "sm90", "gfx942"), (16, 20, 512), ((1, 64), (9, 512))):
+        table = "amd" if arch == "gfx942" else arch
+        choice = convolution(n=n, k=taps * channels, kind=f"{taps} taps", arch=arch)
+        assert choice.config in conv.CONFIGS[table] and conv.fits(choice.config, n) and choice.split_k == 1
+        assert "tiles for 132 processors" in choice.reason and str(choice).startswith("triton (")
+        assert convolution("conv_wgrad", n, taps * channels, 50_176, "", arch=arch).config in conv_wgrad.CONFIGS[table]
+    assert convolution(n=4, k=9 * 4, kind="9 taps 32 groups").config == conv.UNALIGNED_CONFIG
+    assert convolution(n=32, k=9 * 32, kind="9 taps 32 groups").config[1] == 32  # no tile is mostly beyond a group
+
+
+def test_sums_of_a_convolution_stay_in_int32():
+    """Those of fprop and dgrad as a whole, or the reference computes them; those of wgrad in every program."""
+    from fqt_kernels.gemm import MAX_INT32_TERMS
+
+    assert convolution(k=MAX_INT32_TERMS, kind="").backend == "triton"
+    for device in ({}, {"device": "cpu", "arch": ""}):
+        choice = convolution(k=MAX_INT32_TERMS + 1, kind="", **device)
+        assert choice.backend == "reference" and "131072 products (taps times channels" in choice.reason
+        assert choice.fallback is (not device)
+        with pytest.raises(RuntimeError, match="leaves int32"):
+            convolution(k=MAX_INT32_TERMS + 1, kind="", force="triton", **device)
+    for k, m, groups in itertools.product((49, 131_072, 200_704, 3_211_264), (1, 64, 4096), (1, 32)):
+        for device in ({}, {"arch": "gfx942"}, {"device": "cpu", "arch": "", "force": "triton"}):
+            choice = convolution("conv_wgrad", m, 9 * m, k, f"{groups} groups" * (groups > 1), **device)
+            block_k = choice.config[2]
+            assert math.ceil(math.ceil(k / block_k) / choice.split_k) * block_k <= MAX_INT32_TERMS
+            tiles = math.ceil(m / choice.config[0]) * math.ceil(9 * m / choice.config[1]) * groups
+            least = math.ceil(math.ceil(k / block_k) / (MAX_INT32_TERMS // block_k))
+            assert choice.split_k in (1, least) or choice.split_k * tiles <= 2 * 132
+    assert convolution("conv_wgrad", 64, 9 * 64, 802_816, "").split_k > 16  # few tiles would leave processors free
+
+
+def test_the_taps_and_groups_of_a_convolution_count():
+    """A tap's channels fill whole blocks of K, and every group has tiles of its own."""
+    p = Problem("conv", 4096, 64, 9 * 64, **H100, kind="9 taps 4 groups")
+    assert candidates.tiles(p, (128, 64, 128, 4, 4)) == 4 * 32
+    assert candidates._steps(p, (128, 64, 128, 4, 4)) == 9 and candidates._steps(p, (128, 64, 32, 4, 4)) == 18
+    assert candidates._steps(replace(p, kind="4 groups"), (128, 64, 128, 4, 4)) == 5
+
+
 # ---- the kernel for Hopper
 
 
@@ -398,6 +471,8 @@ def test_nothing_is_tuned_that_no_gpu_runs_now(gpu, monkeypatch):
     choose("scaled_mm", CUDA, 64, 64, 64, torch.float64)
     with FakeTensorMode():
         choose(*CALL)
+    for op in candidates.CONVOLUTIONS:
+        choose(op, CUDA, 4096, 64, 64)
     for module, name in ((torch.cuda, "is_current_stream_capturing"), (torch.compiler, "is_compiling")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, lambda: True)

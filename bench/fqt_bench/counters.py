@@ -47,6 +47,10 @@ SMOKE: dict[str, tuple[str, ...]] = {
     "inverse bfloat16": ("_inverse_kernel",),
     "128x128x128 c2 w8 s3 householder scales even": ("_householder_weights_kernel", "_householder_mm_kernel"),
     "psgd codes every scaled": ("_psgd_stats_kernel", "_psgd_kernel"),
+    "128x128x128 w8 s3 conv scales even": ("_conv_mm_kernel",),
+    "128x128x128 w8 s3 wgrad scales even": ("_conv_wgrad_mm_kernel", "_conv_wgrad_sum_kernel"),
+    "images nhwc symmetric nearest": ("_row_stats_kernel", "_params_kernel", "_images_kernel"),
+    "images nhwc gradient int8 stochastic": ("_image_stats_kernel", "_params_kernel", "_gradient_images_kernel"),
     "int8 step adamw grid+zero bfloat16": ("_int8_prepare_kernel", "_int8_extremes_kernel", "_int8_step_kernel"),
 }
 SMOKE_ARCH = "sm_90"

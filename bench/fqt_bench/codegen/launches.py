@@ -13,7 +13,7 @@ from fqt import candidates
 from fqt_kernels import gemm, gemm_cublas, gemm_hopper, gradient, quantize
 from fqt_kernels.statistics import ZERO
 
-from . import grouping, householder, int8_step, psgd, tile_products
+from . import conv, conv_quantize, conv_wgrad, grouping, householder, int8_step, psgd, tile_products
 from .table import ARCHES, config_name
 
 Launch = Callable[[], object]
@@ -40,7 +40,7 @@ def launches(arch: str) -> Iterator[tuple[str, Launch]]:
     if family == "sm90":
         for config in gemm_hopper.CONFIGS:
             yield from _hopper_products(config)
-    for module in (grouping, householder, psgd, int8_step, tile_products):
+    for module in (grouping, householder, psgd, int8_step, tile_products, conv, conv_wgrad, conv_quantize):
         yield from module.launches(arch)
     yield from _epilogues()
     yield from _row_quantizations()
