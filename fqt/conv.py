@@ -318,13 +318,19 @@ def padded_surroundings(x: Tensor, g: Geometry) -> Tensor:
     """Images (N, C, H, W) with what the taps reach of their surroundings, and nothing more."""
     ends = [(p - 1) * s + (k - 1) * d + 1 - before - size for p, s, k, d, before, size in
             zip(g.out, g.stride, g.kernel, g.dilation, g.padding, g.size, strict=True)]  # fmt: skip
-    return F.pad(x, (g.padding[1], ends[1], g.padding[0], ends[0]))
+    return pad(x, (g.padding[1], ends[1], g.padding[0], ends[0]))
 
 
 def of_images(x: Tensor, g: Geometry) -> Tensor:
     """The images (N, C, H, W) in what the taps reach of them and of their surroundings."""
     (h, w), (top, left) = g.size, g.padding
-    return F.pad(x, (-left, w + left - x.shape[3], -top, h + top - x.shape[2]))
+    return pad(x, (-left, w + left - x.shape[3], -top, h + top - x.shape[2]))
+
+
+def pad(x: Tensor, sides: tuple[int, ...]) -> Tensor:
+    """F.pad with zeros, which refuses to crop more than there is before it has padded."""
+    x = F.pad(x, [max(side, 0) for side in sides])
+    return F.pad(x, [min(side, 0) for side in sides])
 
 
 def _in_parts(run, x: Tensor, w: Tensor, terms: int, g: Geometry, dim: int) -> Tensor:

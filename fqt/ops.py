@@ -405,7 +405,7 @@ def _grad_to_add_to(parameter: Tensor | None) -> Tensor | None:
     grad = parameter.grad
     if (grad.dtype, grad.shape, grad.device) != (parameter.dtype, parameter.shape, parameter.device):
         return None
-    if not grad.is_contiguous() or grad.stride(1) != 1:
+    if not grad.is_contiguous() or (grad.dim() == 2 and grad.stride(1) != 1):
         return None
     if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
         return None

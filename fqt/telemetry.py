@@ -261,6 +261,11 @@ def recording(model: nn.Module | None = None, every: int = 1) -> Iterator[Record
             _active = tuple(r for r in _active if r is not records)
 
 
+def is_recording() -> bool:
+    """Whether `record` has anybody to tell."""
+    return bool(_active)
+
+
 @torch.no_grad()
 def record(
     product: str,

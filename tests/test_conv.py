@@ -160,6 +160,15 @@ def test_the_products_are_those_of_the_dequantized_operands(number):
     torch.testing.assert_close(found, expected, **EXACT)
 
 
+def test_a_stride_may_leave_the_whole_image_out():
+    """All that the only output sees is padding: the first tap lies three pixels to the left of a single pixel."""
+    g = Geometry.of((1, 1), (1, 1), (7, 7), ((3, 3), (3, 3)))
+    x, w, dy = (torch.full((1, 1, 1), 5, dtype=torch.int8) for _ in range(3))
+    assert g.out == (1, 1)
+    assert not conv.codes_fprop(x, w, g).any()
+    assert not conv.codes_dgrad(dy, w, g).any() and not conv.codes_wgrad(dy, x, g).any()
+
+
 # Beyond what one float32 sums exactly: channels in parts, float64 of large kernels and groups, nibbles of large batches.
 @pytest.mark.parametrize(
     ("n", "c", "o", "size", "kernel", "groups"),
