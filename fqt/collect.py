@@ -32,11 +32,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import dispatch, gradients, ops, products, reference, tuned
+from . import collect_conv, conv_ops, conv_products, dispatch, gradients, ops, products, reference, tuned
 from .cli import UsageError
 from .convert import quantize_
 from .dispatch import Choice, Problem
-from .nn import Linear
+from .layer import QuantizedLayer
 from .recipe import Recipe
 from .suites import Layer
 
@@ -89,9 +89,10 @@ def recording(target: Target) -> Iterator[Counter[Problem]]:
         return Choice("triton", (), "recorded", "portable" if op == "scaled_mm" else "tile")
 
     with _replaced(
-        (products, "choose", choose), (gradients, "choose", choose), (gemm, "scaled_mm", _scaled_mm),
-        (quantize, "quantize", _quantize), (gradient, "quantize_gradient", _quantize_gradient),
-        (gradient, "statistics", _statistics), (statistics, "row_stats", lambda x, *_: x.new_empty(2, 1, x.shape[0])),
+        *((asking, "choose", choose) for asking in (products, gradients, conv_products)), *collect_conv.fakes(),
+        (gemm, "scaled_mm", _scaled_mm), (quantize, "quantize", _quantize),
+        (gradient, "quantize_gradient", _quantize_gradient), (gradient, "statistics", _statistics),
+        (statistics, "row_stats", lambda x, *_: x.new_empty(2, 1, x.shape[0])),
         (grouping, "row_ranges", lambda partial: (partial[0, 0], partial[0, 0])),
         (grouping, "group_rows", lambda ranges, _: (ranges,)), (householder, "transform", _transform),
         (householder, "inverse", _inverse), (gemm_householder, "scaled_mm", _scaled_mm),
@@ -170,7 +171,8 @@ class _Operators(TorchDispatchMode):
 
 def _code(op: str) -> Callable[..., Any]:
     """The Python code of an operator, beneath the dispatcher."""
-    return getattr(ops, op)._init_fn
+    owner = {"conv2d": conv_ops.forward, "conv2d_backward": conv_ops.backward}.get(op) or getattr(ops, op)
+    return owner._init_fn
 
 
 def by_key(met: Iterable[tuple[Problem, int]]) -> Met:
@@ -296,7 +298,7 @@ def _of_step(
 
 def _quantized(model: nn.Module, spec: str, recipe: Recipe | None, collected: Collected) -> None:
     """Quantize the model where asked to, or where it is not; note the layers that are left as they are."""
-    layers = [m for m in model.modules() if isinstance(m, Linear)]
+    layers = [m for m in model.modules() if isinstance(m, QuantizedLayer)]
     if recipe is None and layers:
         collected.layers = len(layers)
         return
@@ -309,7 +311,9 @@ def _quantized(model: nn.Module, spec: str, recipe: Recipe | None, collected: Co
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
         notes.append(f"{len(names)} layer{'s' * (len(names) > 1)} skipped ({', '.join(names[:4])}{more}): {reason}")
     if not report.converted:
-        raise UsageError(f"--model {spec}: nothing to quantize: {'; '.join(notes) or 'the model has no nn.Linear'}")
+        raise UsageError(
+            f"--model {spec}: nothing to quantize: {'; '.join(notes) or 'the model has no nn.Linear or nn.Conv1d, 2d or 3d'}"
+        )
     collected.layers = len(report.converted)
     collected.notes += [note for note in notes if note not in collected.notes]
 

@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import json
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
-from . import cost, rng, tuning
-from .dispatch import Choice, device_info, problem, select, triton_version
+from . import conv_nn, expectation, rng
+from .example import input_shapes
+from .expectation import FULL_PRECISION
+from .layer import QuantizedLayer
 from .nn import Linear
 from .recipe import Recipe
 
 Filter = Callable[[nn.Module, str], bool]
 
+_QUANTIZED = {nn.Linear: Linear, **conv_nn.QUANTIZED}  # by the only type that each is made of
+
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer: its qualified name, type, shape (out, in), recipe, status, kernel, expected speed-up, and the reason.
+    """One layer: its qualified name, type, shape, recipe, status, kernel, expected speed-up, and the reason.
 
-    status: "converted", "switched" (had another recipe), "unchanged" (had this recipe), "skipped". speedup is the
-    predicted ratio over bf16 of forward and backward (`fqt.cost`), None where there is no prediction; speedup_source is
-    where the prediction's ceilings come from, "measured" or "datasheet", "tuned" where the operators themselves were timed,
-    or why there is none.
+    shape: (out, in), of a convolution (out, in / groups, *kernel). status: "converted", "switched" (had another recipe),
+    "unchanged" (had this recipe), "skipped". kernel: "triton" or, of a convolution, "implicit GEMM", "1x1 GEMM" or "im2col"
+    (of fprop); "reference" where no kernel runs, "torch" in full precision. speedup is the
+    predicted ratio over bf16 of forward and backward (`fqt.cost`, `fqt.conv_cost`), None where there is no prediction;
+    speedup_source is where the prediction's ceilings come from, "measured" or "datasheet", "tuned" where the operators
+    themselves were timed, or why there is none.
     """
 
     name: str
@@ -95,14 +100,17 @@ def quantize_(
     only_if_faster: bool = False,
     rows: int = 4096,
     fuse_grad_accumulation: bool | None = None,
+    *,
+    example_input: Tensor | tuple | None = None,
 ) -> ConversionReport:
-    """Make a model's `nn.Linear` layers train on quantized operands, in place.
+    """Make a model's linear layers and convolutions train on quantized operands, in place.
 
     Each layer keeps its Parameters (so optimizers built before go on working), hooks, name and state_dict keys; its class
-    becomes `fqt.nn.Linear`. Layers that are quantized already change to the new recipe. Only modules whose type is
-    exactly `nn.Linear` are swapped; one whose weight is read by its parent, shares its life with a parametrization, or is
-    computed by a hook is skipped, with the reason in the report. `nn.TransformerEncoderLayer`'s fast path, which reads
-    the weights itself, is switched off. Convert before wrapping in DDP or FSDP and before torch.compile.
+    becomes `fqt.nn.Linear`, `Conv1d`, `Conv2d` or `Conv3d`. Layers that are quantized already change to the new recipe. Only
+    modules whose type is exactly torch's are swapped; one whose weight is read by its parent, shares its life with a
+    parametrization, or is computed by a hook is skipped, with the reason in the report. So are transposed convolutions, and
+    those whose padding, groups or recipe their products are not made for. `nn.TransformerEncoderLayer`'s fast path, which
+    reads the weights itself, is switched off. Convert before wrapping in DDP or FSDP and before torch.compile.
 
     Args:
         recipe: one for all layers, or a mapping of name patterns ("*.mlp.*", fnmatch) to recipes; the first that matches
@@ -110,16 +118,21 @@ def quantize_(
         filter_fn: called with (module, qualified name); False leaves the layer as it is.
         strict: raise where nothing was quantized, or a pattern matched no layer.
         only_if_faster: leave a layer as it is where `fqt.cost` predicts bf16 to be faster on the GPU that it is on. Where
-            there is no prediction (no GPU yet, an unknown one, gradients in full precision) strict raises; else the layer
-            is quantized, and the report says so. Layers left alone for their speed are no failure, even if they are all.
+            there is no prediction (no GPU yet, an unknown one, gradients in full precision, a convolution without
+            example_input) strict raises; else the layer is quantized, and the report says so. Layers left alone for their
+            speed are no failure, even if they are all.
+        rows: samples (rows of the flattened input) of linear layers in a forward pass, for the predictions; tokens × batch
+            of a transformer. Not of layers that the run on example_input reaches, whose samples are then known.
         fuse_grad_accumulation: whether the kernels add to weight gradients that exist already (see `fqt.nn.Linear`); None
             leaves that as it is, off for a layer that is converted.
-        rows: samples (rows of the flattened input) in a forward pass, for the predictions; tokens × batch of a
-            transformer.
+        example_input: an input of the model, or a tuple of its arguments, of the batch and image sizes of training, on the
+            model's device: a copy of the model without hooks is run on it once (`fqt.example.input_shapes`), for the
+            predictions. Without it nothing is predicted of convolutions, whose image sizes are not known.
 
     Raises:
-        TypeError: model is no module.   ValueError: an unknown recipe, rows below 1, or what strict forbids; in the case of
-        only_if_faster the model is unchanged.
+        TypeError: model is no module, example_input neither tensor nor tuple.   ValueError: an unknown recipe, rows below 1,
+        a model that cannot run on example_input, or what strict forbids; in the case of only_if_faster and of example_input
+        the model is unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize_ takes a torch.nn.Module, got {type(model).__name__}")
@@ -128,26 +141,24 @@ def quantize_(
     patterns = recipe if isinstance(recipe, Mapping) else {"*": recipe}
     recipes = {pattern: Recipe.parse(value) for pattern, value in patterns.items()}
     modules = dict(model.named_modules())
+    inputs = None if example_input is None else input_shapes(model, example_input)
     layers: list[LayerReport] = []
     used, chosen, slower = set(), {}, False
     for name, module in modules.items():
-        if isinstance(module, _ConvNd):
-            shape = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
-            layers.append(_skipped(module, name, shape, "convolutions are not quantized"))
-        if not isinstance(module, nn.Linear):
+        if not isinstance(module, (nn.Linear, _ConvNd)):
             continue
         pattern = next((p for p in recipes if fnmatch.fnmatchcase(name, p)), None)
         reason = _why_not(module, name, modules)
-        if pattern is None:
-            reason = reason or "no pattern matches its name"
-        elif reason is None:
+        if reason is None:
+            reason = "no pattern matches its name" if pattern is None else _why_not_by(recipes[pattern], module)
+        if reason is None:
             used.add(pattern)
             if filter_fn is not None and not filter_fn(module, name):
                 reason = "filter_fn returned False"
         if reason is not None:
-            layers.append(_skipped(module, name, (module.out_features, module.in_features), reason))
+            layers.append(_skipped(module, name, reason))
             continue
-        layers.append(_planned(module, name, recipes[pattern], rows))
+        layers.append(_planned(module, name, recipes[pattern], rows, None if inputs is None else inputs[name]))
         if only_if_faster:
             layers[-1] = _unless_slower(layers[-1], recipes[pattern], module.weight.is_cuda, strict)
         if layers[-1].status == "skipped":
@@ -166,125 +177,27 @@ def quantize_(
 
 
 def dequantize_(model: nn.Module) -> nn.Module:
-    """Turn a model's quantized layers back into `nn.Linear`, in place, the same Parameters; returns the model."""
+    """Turn a model's quantized layers back into torch's own, in place, the same Parameters; returns the model."""
     for module in model.modules():
-        if isinstance(module, Linear):
-            module.__class__ = nn.Linear
-            rng.forget(module)
-            for name in ("_fqt_rng", "_fqt_range_state"):
-                del module._buffers[name]
-                module._non_persistent_buffers_set.discard(name)
-            for name in [n for n in module.__dict__ if n.startswith("_fqt_") or n == "fuse_grad_accumulation"]:
-                del module.__dict__[name]
+        if isinstance(module, QuantizedLayer):
+            module._become_plain()
         if "_fqt_fast_path" in module.__dict__:
             module.activation_relu_or_gelu = module.__dict__.pop("_fqt_fast_path")
     return model
 
 
-def explain(layer: nn.Module, x: Tensor) -> None:
-    """Print which backend and configuration each operator of a layer gets for an input, why, and what each is expected to
-    cost beside bf16 (`fqt.cost`); nothing is run.
-
-    Raises:
-        TypeError: layer is not quantized.   ValueError: x does not fit the layer.
-    """
-    print(explanation(layer, x))
-
-
-def explanation(layer: nn.Module, x: Tensor) -> str:
-    """What `explain` prints."""
-    if not isinstance(layer, Linear):
-        raise TypeError(f"explain takes a fqt.nn.Linear, got {type(layer).__name__}")
-    if x.dim() == 0 or x.shape[-1] != layer.in_features:
-        raise ValueError(f"{layer.label}: expected input (*, {layer.in_features}), got {tuple(x.shape)}")
-    k, n = layer.in_features, layer.out_features
-    m = x.numel() // k if k else 0
-    recipe = layer.recipe
-    lines = [f"{layer.label}, recipe {recipe.name}, M={m} N={n} K={k}, {x.dtype} on {x.device}"]
-    if recipe.is_exact:
-        return "\n".join([*lines, "  every product: torch, full precision"])
-    for what, op, rows, cols, kind in _quantizations(recipe, m, n, k):
-        choice = _choice(op, x.device, rows, cols, dtype=x.dtype, format=recipe.format, kind=kind)
-        lines.append(f"  quantize {what} ({rows}, {cols}): {choice}")
-    for what, quantizer, shape in (("fprop", recipe.x, (m, n, k)), ("dgrad", recipe.dgrad, (m, k, n)),
-                                   ("wgrad", recipe.wgrad, (n, k, m))):  # fmt: skip
-        choice = _choice("scaled_mm", x.device, *shape, dtype=x.dtype, format=recipe.format)
-        how = str(choice) if quantizer else "torch, full precision"
-        if quantizer and quantizer.householder and quantizer.groups == "tile" and choice.backend == "triton":
-            how = "triton: a kernel with the inverse transform in its epilogue"
-        elif quantizer and quantizer.householder:
-            how += ", then the inverse transform"
-        lines.append(f"  {what} {shape}: {how}")
-    return "\n".join([*lines, *_expectation(layer, x, m)])
-
-
-def _expectation(layer: Linear, x: Tensor, m: int) -> list[str]:
-    """The terms of the cost model, a line each."""
-    sizes = m, layer.out_features, layer.in_features
-    choice = _choice("scaled_mm", x.device, *sizes, dtype=x.dtype, format=layer.recipe.format)
-    try:
-        expected = _predict(m, layer, layer.recipe, x.device, choice)
-    except cost.NotModelled as e:
-        return [f"  expected: not predicted: {e}"]
-    source = "the tuned times of its operators" if expected.source == "tuned" else f"on {cost.ceilings(x.device)}"
-    lines = [f"  expected, forward and backward, {source}"]
-    for p in expected.products:
-        lines.append(f"    {p.name:<11} bf16 {p.bf16_ms:8.4f} ms   {expected.codes} {p.ms:8.4f} ms")
-    for p in expected.passes:
-        moved = f"{p.bytes_per_element} bytes an element, {p.bytes / 1e6:.1f} MB"
-        what = f"{'inverse of' if p.name == 'dX' else 'quantize'} {p.name}"
-        lines.append(f"    {what:<34} {p.ms:8.4f} ms   {moved}")
-    total = f"bf16 {expected.bf16_ms:8.4f} ms   {expected.codes} {expected.ms:8.4f} ms   {expected}"
-    return [*lines, f"    {'in all':<11} {total}"]
-
-
-def _choice(op: str, device: torch.device, *sizes: int, **more) -> Choice:
-    """What dispatch would choose now: nothing is tuned for it."""
-    return select(problem(op, device, *sizes, **more), tuning.table(device))
-
-
-def _quantizations(recipe: Recipe, m: int, n: int, k: int) -> Iterator[tuple[str, str, int, int, str]]:
-    """(what, operator, rows, columns, kind) of the quantizations of X, W and dY, as `products` asks for them."""
-    for what, rows, cols, q in (("X", m, k, recipe.x), ("W", n, k, recipe.w)):
-        yield what, "quantize", rows, cols, f"{q.granularity} {q.rounding} both"
-    g, h = recipe.dgrad, recipe.wgrad
-    if g and g.householder:
-        yield "dY for dgrad, block Householder", "householder", m, n, g.groups
-        if h:
-            together = " stats" * ({g.rounding, h.rounding} == {"stochastic"})
-            yield "dY for wgrad", "quantize", m, n, f"{h.granularity} {h.rounding} cols{together}"
-        return
-    if g and h and {g.rounding, h.rounding} == {"stochastic"}:
-        yield "dY", "quantize_gradient", m, n, f"{g.granularity} {h.granularity}"
-        return
-    for product, q, layout in (("dgrad", g, "rows"), ("wgrad", h, "cols")):
-        if q:
-            yield f"dY for {product}", "quantize", m, n, f"{q.granularity} {q.rounding} {layout}"
-
-
-def _predict(rows: int, layer: nn.Linear, recipe: Recipe, device: torch.device, choice: Choice) -> cost.Prediction:
-    """From what was tuned on the device, else from its ceilings. Raises cost.NotModelled."""
-    if choice.backend == "reference":
-        cost.ceilings(device)  # where there is no GPU, that is the reason
-        raise cost.NotModelled(f"plain torch: {choice.reason}")
-    sizes, table = (rows, layer.out_features, layer.in_features), tuning.table(device)
-    if len(table):
-        arch, processors = device_info(str(device))
-        gpu = dict(device=device.type, arch=arch, processors=processors, triton=triton_version())
-        with contextlib.suppress(cost.NotModelled):
-            return cost.tuned_linear(*sizes, recipe, table, str(layer.weight.dtype).removeprefix("torch."), **gpu)
-    return cost.linear(*sizes, recipe, cost.ceilings(device))
-
-
-def _why_not(module: nn.Linear, name: str, modules: Mapping[str, nn.Module]) -> str | None:
-    """The reason a linear layer cannot be swapped, or None."""
-    if type(module) not in (nn.Linear, Linear):
+def _why_not(module: nn.Module, name: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """The reason a linear layer or convolution cannot be swapped, or None."""
+    if isinstance(module, _ConvTransposeNd):
+        return "transposed convolutions are not quantized"
+    if type(module) not in (*_QUANTIZED, *_QUANTIZED.values()):
         parent = modules.get(name.rpartition(".")[0])
         if isinstance(parent, nn.MultiheadAttention):
             return "MultiheadAttention reads its weight directly"
         if parametrize.is_parametrized(module):
             return "its weight is parametrized"
-        return f"its type is {type(module).__name__}, not nn.Linear"
+        plain = next((plain for plain in _QUANTIZED if isinstance(module, plain)), None)
+        return f"its type is {type(module).__name__}, not nn.{plain.__name__ if plain else 'Conv1d, 2d or 3d'}"
     if not isinstance(module._parameters.get("weight"), nn.Parameter):
         return "its weight is computed by a hook (weight_norm, pruning)"
     if not module.weight.is_floating_point():
@@ -292,26 +205,34 @@ def _why_not(module: nn.Linear, name: str, modules: Mapping[str, nn.Module]) -> 
     return None
 
 
-def _planned(module: nn.Linear, name: str, recipe: Recipe, rows: int) -> LayerReport:
-    """What converting a layer will be, and is expected to gain."""
+def _why_not_by(recipe: Recipe, module: nn.Linear | _ConvNd) -> str | None:
+    """The reason a layer cannot have a recipe, or None."""
+    if isinstance(module, nn.Linear):
+        return None
+    return conv_nn.reason_against(module, recipe, conv_nn.sample_of(module))
+
+
+def _planned(
+    module: nn.Linear | _ConvNd, name: str, recipe: Recipe, rows: int, inputs: list[tuple[int, ...]] | None
+) -> LayerReport:
+    """What converting a layer will be, and is expected to gain; inputs: the shapes that it is given, if they are known."""
     status = "converted"
-    if isinstance(module, Linear):
+    if isinstance(module, QuantizedLayer):
         status = "unchanged" if module.recipe == recipe else "switched"
-    shape, device = tuple(module.weight.shape), module.weight.device
     if recipe.is_exact:
-        return LayerReport(name, "Linear", shape, recipe.name, status, "torch", None, "", "full precision")
-    choice = _choice("scaled_mm", device, rows, *shape, dtype=module.weight.dtype, format=recipe.format)
-    try:
-        expected = _predict(rows, module, recipe, device, choice)
-    except cost.NotModelled as e:
-        return LayerReport(name, "Linear", shape, recipe.name, status, choice.backend, None, str(e), choice.reason)
-    reason = choice.reason
-    if expected.ratio < 1:
-        times = f"{expected.bf16_ms:.3g} ms, quantized {expected.ms:.3g} ms for {rows} rows"
-        reason = f"bf16 is expected to be faster here: {times}"
-    return LayerReport(
-        name, "Linear", shape, recipe.name, status, choice.backend, expected.ratio, expected.source, reason
-    )
+        expected = FULL_PRECISION
+    elif isinstance(module, nn.Linear):
+        met = max((math.prod(shape[:-1]) for shape in inputs or ()), default=0)
+        expected = expectation.of_linear(module, recipe, met or rows)
+    else:
+        expected = expectation.of_convolution(module, recipe, inputs)
+    return LayerReport(name, type(module).__name__, _shape(module), recipe.name, status, *expected)
+
+
+def _shape(module: nn.Linear | _ConvNd) -> tuple[int, ...]:
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    return module.out_channels, module.in_channels // module.groups, *module.kernel_size
 
 
 def _unless_slower(layer: LayerReport, recipe: Recipe, on_gpu: bool, strict: bool) -> LayerReport:
@@ -324,24 +245,25 @@ def _unless_slower(layer: LayerReport, recipe: Recipe, on_gpu: bool, strict: boo
     if strict:
         raise ValueError(
             f"only_if_faster: no prediction for {layer.name or 'the model'} with recipe {layer.recipe}: "
-            f"{layer.speedup_source}; move the model to its GPU first, or pass strict=False to quantize it all the same"
+            f"{layer.speedup_source}; {'' if on_gpu else 'move the model to its GPU first, or '}pass strict=False to "
+            "quantize it all the same"
         )
-    return replace(layer, reason=f"{layer.reason}; only_if_faster had no prediction to go by")
+    return replace(layer, reason="; ".join(filter(None, (layer.reason, "only_if_faster had no prediction to go by"))))
 
 
-def _convert(module: nn.Linear, name: str, recipe: Recipe) -> None:
-    if isinstance(module, Linear):
+def _convert(module: nn.Linear | _ConvNd, name: str, recipe: Recipe) -> None:
+    if isinstance(module, QuantizedLayer):
         module.recipe, module._fqt_name = recipe, name
         if module._fqt_key_name != name:
             module._fqt_key_name = name
             rng.restart(module)
     else:
-        module.__class__ = Linear
+        module.__class__ = _QUANTIZED[type(module)]
         module._become_quantized(recipe, name, name)
 
 
-def _skipped(module: nn.Module, name: str, shape: tuple[int, ...], reason: str) -> LayerReport:
-    return LayerReport(name, type(module).__name__, shape, "", "skipped", "", None, "", reason)
+def _skipped(module: nn.Linear | _ConvNd, name: str, reason: str) -> LayerReport:
+    return LayerReport(name, type(module).__name__, _shape(module), "", "skipped", "", None, "", reason)
 
 
 def _disable_fast_paths(model: nn.Module) -> None:
@@ -357,5 +279,7 @@ def _check_strict(report: ConversionReport, unused: list[str], slower: bool) -> 
     if unused:
         raise ValueError(f"strict: no layer that can be quantized matches {', '.join(map(repr, unused))}\n{report}")
     if not report.converted and not slower:
-        what = f"all were skipped:\n{report}" if report.layers else "the model has no nn.Linear"
+        what = (
+            f"all were skipped:\n{report}" if report.layers else "the model has no nn.Linear and no nn.Conv1d, 2d or 3d"
+        )
         raise ValueError(f"strict: nothing was quantized; {what}")

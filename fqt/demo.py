@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from . import __version__, dispatch, rng
 from .cli import UsageError, table
 from .convert import quantize_
-from .nn import Linear
+from .layer import QuantizedLayer
 
 EIGHT_BITS = ("exact", "qat8", "int8", "ptq8", "psq8", "bhq8")
 HIDDEN = 256
@@ -91,7 +91,7 @@ def gradient_variance(model: nn.Module, loss_fn: Callable[[nn.Module], Tensor], 
 
     Source: StatQuant (arXiv 2010.14298) section 3.
     """
-    layers = [module for module in model.modules() if isinstance(module, Linear)]
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLayer)]
     weights = [layer.weight for layer in layers]
     recipes = [layer.recipe for layer in layers]
     state = rng.get_rng_state(model)
@@ -217,7 +217,7 @@ def _now(device: torch.device) -> float:
 
 def _variance(model: nn.Module, data: Digits) -> float:
     """`gradient_variance` of the first training images, one batch of them; 0 where no gradient is quantized."""
-    if all(module.recipe == module.recipe.as_qat() for module in model.modules() if isinstance(module, Linear)):
+    if all(module.recipe == module.recipe.as_qat() for module in model.modules() if isinstance(module, QuantizedLayer)):
         return 0.0
     x, y = data.train_x[:BATCH], data.train_y[:BATCH]
     return gradient_variance(model, lambda m: F.cross_entropy(m(x), y))

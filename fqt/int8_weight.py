@@ -167,7 +167,8 @@ def _refuse_writes(func, args: tuple, kwargs: dict) -> None:
 @dataclass(frozen=True)
 class HoldReport:
     """What `hold_int8_` did. held: names of the layers whose weight is an Int8Weight now. skipped: {name: reason} of the
-    other linear layers. bytes_before, bytes_after: of the held weights; each weight that layers share is counted once."""
+    other linear layers, and of quantized convolutions. bytes_before, bytes_after: of the held weights; each weight that
+    layers share is counted once."""
 
     held: tuple[str, ...]
     skipped: dict[str, str]
@@ -189,11 +190,11 @@ def hold_int8_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | N
     codes and becomes an `Int8Weight` Parameter: 2 bytes an element (row-major and transposed) instead of 4 and, beside
     them, 2 of the layer's cache. Weights that several layers share stay shared.
 
-    Build optimizers, parameter hooks and distributed wrappers afterwards, on the new Parameters; data-parallel replicas stay
-    equal if they hold equal weights when they are wrapped. Train them with the
-    optimizers of `fqt.optim`, which round each step stochastically: the noise that this adds does not vanish as the
-    learning rate falls, see `fqt.optim.int8`. The random bits are those of `fqt.manual_seed` as it is when this is called,
-    and of the layer's name.
+    Convolutions keep their weights: held codes are those of matrices. Build optimizers, parameter hooks and distributed
+    wrappers afterwards, on the new Parameters; data-parallel replicas stay equal if they hold equal weights when they are
+    wrapped. Train them with the optimizers of `fqt.optim`, which round each step stochastically: the noise that this adds
+    does not vanish as the learning rate falls, see `fqt.optim.int8`. The random bits are those of `fqt.manual_seed` as it
+    is when this is called, and of the layer's name.
 
     Args:
         filter_fn: called with (module, qualified name); False leaves the layer as it is.
@@ -203,7 +204,10 @@ def hold_int8_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | N
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"hold_int8_ takes a torch.nn.Module, got {type(model).__name__}")
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    from .layer import QuantizedLayer
+
+    kinds = nn.Linear, QuantizedLayer
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     users = _users(model)
     reasons = _reasons(layers, users, filter_fn)
     held, before, after = [], 0, 0
@@ -245,7 +249,7 @@ def _users(model: nn.Module) -> dict[int, _Users]:
     return users
 
 
-def _reasons(layers: dict[str, nn.Linear], users: dict[int, _Users], filter_fn) -> dict[str, str | None]:
+def _reasons(layers: dict[str, nn.Module], users: dict[int, _Users], filter_fn) -> dict[str, str | None]:
     """Why the weight of each layer cannot be held, None where it can: all who share it have to take the codes."""
     reasons = {name: _why_not(module, name, filter_fn) for name, module in layers.items()}
     able = {id(layers[name]) for name, reason in reasons.items() if reason is None}
@@ -256,11 +260,13 @@ def _reasons(layers: dict[str, nn.Linear], users: dict[int, _Users], filter_fn) 
     return reasons
 
 
-def _why_not(module: nn.Linear, name: str, filter_fn) -> str | None:
+def _why_not(module: nn.Module, name: str, filter_fn) -> str | None:
     """The reason that lies in a layer itself."""
     from .nn import Linear
 
     weight = module._parameters.get("weight")
+    if not isinstance(module, nn.Linear):
+        return f"it is a {type(module).__name__}: only matrices are held"
     if not isinstance(module, Linear):
         return "it is not quantized: fqt.quantize_ comes first"
     if module.recipe.w != HELD:

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from .nn import Linear
+from .layer import QuantizedLayer
 from .reference import compute_dtype
 
 if TYPE_CHECKING:
@@ -128,8 +128,8 @@ def lsq_(
 
     Raises:
         TypeError: model is no module.
-        ValueError: bits out of range, no layer, or one whose weight cannot be parametrized: that of a `fqt.nn.Linear`, which
-        quantizes its weight itself (`fqt.targets.FakeQuantized` knows it, `fqt.dequantize_` makes it a nn.Linear), one
+        ValueError: bits out of range, no layer, or one whose weight cannot be parametrized: that of a quantized layer, which
+        quantizes its weight itself (`fqt.targets.FakeQuantized` knows it, `fqt.dequantize_` makes it a plain one), one
         that is parametrized or computed by a hook, shared with another module, empty, all zero or not finite. The model is
         unchanged then.
     """
@@ -143,10 +143,10 @@ def lsq_(
         if filter_fn is not None and not filter_fn(module, name):
             continue
         label = name or "the model"
-        if isinstance(module, Linear):
+        if isinstance(module, QuantizedLayer):
             raise ValueError(
-                f"{label} is a fqt.nn.Linear, which quantizes its weight itself: leave it out by filter_fn, or make "
-                "it a nn.Linear with fqt.dequantize_"
+                f"{label} is a fqt.nn.{type(module).__name__}, which quantizes its weight itself: leave it out by "
+                f"filter_fn, or make it a nn.{type(module).__name__} with fqt.dequantize_"
             )
         w = own_weight(module, label)
         if users[id(w)] > 1:

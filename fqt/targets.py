@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .int8_weight import Int8Weight
+from .layer import QuantizedLayer
 from .lsq import LearnedStep, check_bits
-from .nn import Linear
 from .position import NO_RANGE, absmax, extremes
 from .reference import compute_dtype
 
@@ -124,10 +124,10 @@ def _nearest_float(
 class FakeQuantized:
     """For `target=`, in quantization-aware training: x̄ of a parameter is the quantized weight that its layer computes with.
 
-    Of a weight under `fqt.lsq_` it is v̂ with the learned step, of a `fqt.nn.Linear`'s weight its codes under the recipe,
-    dequantized. Every other parameter of the model takes plain steps (None), and so do weights of exact recipes, those that
-    are codes already (`fqt.hold_int8_`), biases and the learned steps themselves. Layers are looked for when a step asks, by
-    the parameter's identity, so that the model may be changed after the optimizer was built.
+    Of a weight under `fqt.lsq_` it is v̂ with the learned step, of the weight of a layer of `fqt.nn` its codes under the
+    recipe, dequantized. Every other parameter of the model takes plain steps (None), and so do weights of exact recipes,
+    those that are codes already (`fqt.hold_int8_`), biases and the learned steps themselves. Layers are looked for when a
+    step asks, by the parameter's identity, so that the model may be changed after the optimizer was built.
 
     The model is held by reference. A deep copy made together with the model is of the copy of the model, any other one of
     the same model (an optimizer's `load_state_dict` copies its groups). A pickle does not contain the model: what is
@@ -190,7 +190,7 @@ def _weight(module: nn.Module) -> Tensor | None:
     if parametrize.is_parametrized(module, "weight"):
         chain = module.parametrizations.weight
         return chain.original if isinstance(chain[0], LearnedStep) else None
-    if isinstance(module, Linear) and not module.recipe.is_exact:
+    if isinstance(module, QuantizedLayer) and not module.recipe.is_exact:
         w = module._parameters.get("weight")
         return None if isinstance(w, Int8Weight) else w
     return None
@@ -201,6 +201,4 @@ def _quantized(layer: nn.Module, w: Tensor) -> Tensor:
     """The weight w of a layer of `_weight`, as the layer computes with it, in the compute dtype."""
     if parametrize.is_parametrized(layer, "weight"):
         return layer.parametrizations.weight[0](w.to(compute_dtype(w)))
-    codes = layer._quantized_weight(transposed=False)
-    q = codes.q if layer.recipe.format == "int" else codes.q.view(torch.float8_e4m3fn)
-    return codes._replace(q=q).dequantize()
+    return layer.computed_weight()

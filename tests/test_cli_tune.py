@@ -157,13 +157,13 @@ def test_shapes_suites_and_models_add_up(capsys, tmp_path, monkeypatch):
     (tmp_path / "shapes.json").write_text('[{"name": "mlp", "m": 640, "n": 320, "k": 160}]')
     (tmp_path / "made_for_cli.py").write_text(
         "import torch\ndef make():\n"
-        "    return torch.nn.Sequential(torch.nn.Conv1d(4, 4, 1), torch.nn.Linear(48, 96)), torch.randn(32, 4, 48)\n"
+        "    return torch.nn.Sequential(torch.nn.ConvTranspose1d(4, 4, 1), torch.nn.Linear(48, 96)), torch.ones(32, 4, 48)\n"
     )
     asked = ["--shapes", "shapes.json", "--model", "made_for_cli:make", "--suite", "cubes", "--json"]
     status, out, err = run(capsys, *DRY, *asked)
     problems = {f["problem"] for f in json.loads(out)}
     assert status == 0 and {f"scaled_mm int {s}" for s in ("640x320x160", "128x96x48", "1024x1024x1024")} < problems
-    assert "the model has 1 quantized layer" in err and "1 layer skipped (0): convolutions are not quantized" in err
+    assert "the model has 1 quantized layer" in err and "1 layer skipped (0): transposed convolutions" in err
 
 
 def test_a_tuning_prints_its_table_on_stdout_and_its_progress_on_stderr(gpu, capsys):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fqt
-from fqt import collect, dispatch, gradients, products, tuned
+from fqt import collect, conv, dispatch, gradients, products, tuned
 from fqt.cli import UsageError
 from fqt.collect import Target, of_layers, of_model, read_shapes, recording
 from fqt.suites import Layer
@@ -133,12 +133,14 @@ def test_recipes_quantize_what_is_not_and_replace_what_is(model):
 def test_convolutions_and_foreign_layers_are_named_with_the_reason(model):
     spec = model("""
         def make():
-            stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+            stem = nn.Sequential(nn.ConvTranspose2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 8, 3))
             model = nn.Sequential(stem, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 16))
             return model, torch.randn(2, 3, 32, 32)
     """)
     found = of_model(spec, H100)
-    assert found.layers == 1 and found.notes == ["2 layers skipped (0.0, 0.2): convolutions are not quantized"]
+    assert found.layers == 1 and found.notes == [
+        "2 layers skipped (0.0, 0.2): transposed convolutions are not quantized"
+    ]
 
 
 def test_a_step_of_the_users_own_with_autocast_and_inputs_by_name(model):
@@ -157,6 +159,26 @@ def test_a_step_of_the_users_own_with_autocast_and_inputs_by_name(model):
     assert dtypes["quantize_gradient", 128, 16] == "bfloat16"
     named = model("def make(): return nn.Linear(64, 32), {'input': torch.randn(128, 64)}")
     assert of_model(named, H100).layers == 1
+
+
+@pytest.mark.parametrize("recipe", ["int8", "psq4", "bhq4", "qat8"])
+def test_of_convolutions_what_can_be_tuned_is_collected(model, recipe):
+    """Their matrix products: of 1x1 in all three directions, of few channels by im2col (symmetric X); no implicit GEMM."""
+    spec = model("""
+        def make():
+            layers = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 64, 1), nn.Conv2d(64, 64, 3, stride=2, groups=4)
+            return nn.Sequential(*layers), torch.randn(32, 3, 8, 8)
+    """)
+    kept = conv.border.cache_info().currsize
+    found = of_model(spec, H100, [recipe])
+    assert found.layers == 3 and not found.notes
+    assert conv.border.cache_info().currsize == kept  # a border without data would serve every later step
+    products = {(p.m, p.n, p.k) for p in found.problems if p.op == "scaled_mm"}
+    expected = {(32 * 64, 64, 32)}
+    expected |= {(32 * 64, 32, 32)} if recipe == "int8" else set()
+    expected |= {(32 * 64, 32, 64), (64, 32, 64 * 32)} if recipe != "qat8" else set()
+    assert products == expected
+    assert {p.op for p in found.problems} == {"quantize", "scaled_mm"}
 
 
 def test_inputs_are_a_tensor_or_a_tuple_of_several(model):
@@ -192,7 +214,7 @@ def test_models_may_be_moved_and_converted_and_stay_tied(model):
         ("def make(): return 1, 2, 3", "got tuple of 3"),
         ("make = 3", "has no function 'make'"),
         ("def other(): pass", "has no function 'make'"),
-        ("def make(): return nn.Conv2d(3, 4, 3), torch.randn(1, 3, 8, 8)", "nothing to quantize: 1 layer skipped"),
+        ("def make(): return nn.ConvTranspose2d(3, 4, 3), torch.randn(1, 3, 8, 8)", "nothing to quantize: 1 layer skipped"),
         ("def make(): return nn.ReLU(), torch.randn(3)", "nothing to quantize: the model has no nn.Linear"),
         ("def make(): return nn.Linear(3, 4), lambda: None", "met no quantized layer"),
         ("def make(): return nn.Linear(3, 4), torch.randn(2, 5)", "ValueError: .*expected input .*3.*got"),

@@ -1,4 +1,4 @@
-"""`quantize_`, `dequantize_`, the report and `explain`."""
+"""`quantize_`, `dequantize_`, the report and `explain`, of linear layers; `test_convert_conv.py` has the convolutions."""
 
 import copy
 import json
@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 
 import fqt
 import fqt.nn
-from fqt import convert, cost, tuned
+from fqt import convert, cost, expectation, tuned
 from fqt.tuned import Entry, Timing
 
 
@@ -144,17 +144,6 @@ def test_multihead_attention_keeps_its_out_proj():
     assert [(r.name, r.reason) for r in report.skipped] == [
         ("attention.out_proj", "MultiheadAttention reads its weight directly")
     ]
-
-
-def test_convolutions_are_reported_as_skipped():
-    model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.ConvTranspose1d(8, 4, 2), nn.Linear(4, 4))
-    report = fqt.quantize_(model, "int8")
-    assert [(r.name, r.type, r.shape, r.reason) for r in report.skipped] == [
-        ("0", "Conv2d", (8, 2, 3, 3), "convolutions are not quantized"),
-        ("1", "ConvTranspose1d", (4, 8, 2), "convolutions are not quantized"),
-    ]
-    with pytest.raises(ValueError, match="'0'"):
-        fqt.quantize_(model, {"0": "int8", "2": "psq4"})
 
 
 def test_parametrized_and_hooked_weights_are_skipped_with_the_reason():
@@ -328,8 +317,8 @@ def test_tuned_times_come_before_the_model(h100, monkeypatch):
     )
     entries = [Entry(tuned.key(p), (Timing("tile", (64, 128, 8), 1, 10**6),), 10**6, (p.m, p.n, p.k))
                for p in operators.values()]  # fmt: skip
-    monkeypatch.setattr(convert.tuning, "table", lambda device: tuned.Table(entries))
-    monkeypatch.setattr(convert, "device_info", lambda device: ("sm90", 132))
+    monkeypatch.setattr(expectation.tuning, "table", lambda device: tuned.Table(entries))
+    monkeypatch.setattr(expectation, "device_info", lambda device: ("sm90", 132))
     report = fqt.quantize_(model, "int8", only_if_faster=True, strict=False)
     wide = report.layers[0]  # 3 ms in bf16; as long for the products, and 3 ms for the quantizations
     assert wide.status == "skipped" and wide.speedup == pytest.approx(0.5) and wide.expected == "0.50× (tuned)"
@@ -357,11 +346,11 @@ def test_a_layer_that_runs_in_plain_torch_has_no_prediction(h100):
 
 def test_explain_prints_the_terms_of_the_prediction(h100):
     layer = unset(fqt.nn.Linear(4096, 2048, device="meta", recipe="psq8"))
-    text = convert.explanation(layer, torch.empty(4, 1024, 4096))
+    text = expectation.explanation(layer, torch.empty(4, 1024, 4096))
     expected = cost.linear(4096, 2048, 4096, layer.recipe, h100)
     assert f"{expected.ratio:.2f}× (measured)" in text and str(h100) in text
     for term in (*expected.products, *expected.passes):
         assert f"{term.ms:.4f} ms" in text
     assert "6 bytes an element, 100.7 MB" in text  # of X: 6 · 4096 · 4096
-    bhq = convert.explanation(fqt.nn.Linear(16, 8, recipe="bhq4"), torch.empty(8, 16))
+    bhq = expectation.explanation(fqt.nn.Linear(16, 8, recipe="bhq4"), torch.empty(8, 16))
     assert "quantize dY for dgrad, block Householder" in bhq and "inverse of dX" in bhq

@@ -1,0 +1,247 @@
+"""What a layer is expected to gain over bf16, and which kernel each of its operators gets: for reports and `fqt.explain`."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from . import conv_cost, conv_nn, cost, tuning
+from .conv_cost import Shape
+from .dispatch import Choice, device_info, problem, select, triton_version
+from .layer import QuantizedLayer
+from .nn import Linear
+from .recipe import Recipe
+from .reference import MAX_INT32_TERMS
+
+
+class Expectation(NamedTuple):
+    """kernel, speedup, speedup_source and reason of a `fqt.convert.LayerReport`."""
+
+    kernel: str
+    speedup: float | None
+    source: str
+    reason: str
+
+
+FULL_PRECISION = Expectation("torch", None, "", "full precision")
+
+
+# ---- for reports
+
+
+def of_linear(layer: nn.Linear, recipe: Recipe, rows: int) -> Expectation:
+    """Of a linear layer of so many samples, quantized or not yet."""
+    device = layer.weight.device
+    choice = _choice("scaled_mm", device, rows, *layer.weight.shape, dtype=layer.weight.dtype, format=recipe.format)
+    try:
+        expected = _predict(rows, layer, recipe, device, choice)
+    except cost.NotModelled as e:
+        return Expectation(choice.backend, None, str(e), choice.reason)
+    reason = choice.reason
+    if expected.ratio < 1:
+        times = f"{expected.bf16_ms:.3g} ms, quantized {expected.ms:.3g} ms for {rows} rows"
+        reason = f"bf16 is expected to be faster here: {times}"
+    return Expectation(choice.backend, expected.ratio, expected.source, reason)
+
+
+def of_convolution(layer: _ConvNd, recipe: Recipe, inputs: Sequence[tuple[int, ...]] | None) -> Expectation:
+    """Of a convolution, quantized or not yet, on inputs of these shapes; None: they are not known."""
+    device, sample = layer.weight.device, conv_nn.sample_of(layer)
+    shapes = [_shape(layer, sample, each) for each in inputs or ()]
+    choice = _fprop_choice(layer, sample, shapes[0] if shapes else None)
+    kernel = choice.backend if choice.backend == "reference" else conv_nn.kernel_path(layer, sample)
+    reason = choice.reason if choice.backend == "reference" or choice.fallback else ""
+    try:
+        if choice.backend == "reference":
+            cost.ceilings(device)  # where there is no GPU, that is the reason
+            raise cost.NotModelled(f"plain torch: {choice.reason}")
+        if inputs is None:
+            raise cost.NotModelled("the image size is unknown: give example_input")
+        if not inputs:
+            raise cost.NotModelled("example_input does not reach it")
+        found = [conv_cost.convolution(shape, recipe, cost.ceilings(device)) for shape in shapes]
+    except cost.NotModelled as e:
+        return Expectation(kernel, None, str(e), reason)
+    bf16_ms, ms = sum(p.bf16_ms for p in found), sum(p.ms for p in found)
+    if bf16_ms < ms:
+        more = f" and {len(inputs) - 1} more" if len(inputs) > 1 else ""
+        times = f"{bf16_ms:.3g} ms, quantized {ms:.3g} ms for {'×'.join(map(str, inputs[0]))}{more}"
+        why = conv_cost.why_slower(max(found, key=lambda p: p.ms - p.bf16_ms))
+        reason = f"bf16 is expected to be faster here: {times}; {why}"
+    return Expectation(kernel, bf16_ms / ms, found[0].source, reason)
+
+
+def _shape(layer: _ConvNd, sample: str, given: tuple[int, ...]) -> Shape:
+    """Of a convolution's input (N, C, *size) or (C, *size)."""
+    n = len(layer.kernel_size)
+    size, out = given[-n:], conv_nn.outputs(layer, given[-n:])
+    sizes = (math.prod(pixels) for pixels in (size, out, layer.kernel_size))
+    images = given[0] if len(given) == n + 2 else 1
+    path, windows = conv_nn.kernel_path(layer, sample), sample == "row"
+    return Shape(images, layer.in_channels, layer.out_channels, *sizes, layer.groups, path, windows)
+
+
+def _fprop_choice(layer: _ConvNd, sample: str, shape: Shape | None) -> Choice:
+    """What dispatch would choose; of a convolution whose image size is not known only the backend means something."""
+    terms = layer.weight[0].numel()
+    m, n = (128, 128) if shape is None else shape.products["fprop"][:2]
+    if sample == "row":
+        return _choice("scaled_mm", layer.weight.device, m, n, terms, dtype=layer.weight.dtype)
+    return _choice("conv", layer.weight.device, m, n, terms, dtype=layer.weight.dtype)
+
+
+# ---- for a user
+
+
+def explain(layer: nn.Module, x: Tensor) -> None:
+    """Print which backend and configuration each operator of a layer gets for an input, why, and what each is expected to
+    cost beside bf16 (`fqt.cost`, `fqt.conv_cost`); nothing is run.
+
+    Raises:
+        TypeError: layer is not quantized.   ValueError: x does not fit the layer.
+    """
+    print(explanation(layer, x))
+
+
+def explanation(layer: nn.Module, x: Tensor) -> str:
+    """What `explain` prints."""
+    if not isinstance(layer, QuantizedLayer):
+        raise TypeError(f"explain takes a fqt.nn.Linear or convolution, got {type(layer).__name__}")
+    layer._check_shape(x)
+    recipe = layer.recipe
+    if isinstance(layer, Linear):
+        k, n = layer.in_features, layer.out_features
+        shape, sizes = None, (x.numel() // k if k else 0, n, k)
+        text = "M={} N={} K={}".format(*sizes)
+    else:
+        shape = _shape(layer, layer.sample, tuple(x.shape))
+        sizes = shape.products["fprop"]
+        text = f"input {'×'.join(map(str, x.shape))}"
+    lines = [f"{layer.label}, recipe {recipe.name}, {text}, {x.dtype} on {x.device}"]
+    if recipe.is_exact:
+        return "\n".join([*lines, "  every product: torch, full precision"])
+    if shape is not None and shape.windows:
+        lines.append(f"  im2col: torch, windows ({sizes[0]}, {sizes[2]}) in {x.dtype}")
+    operators = _matrix_operators if shape is None or shape.windows else _image_operators
+    lines += operators(recipe, x, *(sizes if operators is _matrix_operators else (shape,)))
+    return "\n".join([*lines, *_expectation(layer, x, sizes, shape)])
+
+
+def _matrix_operators(recipe: Recipe, x: Tensor, m: int, n: int, k: int) -> Iterator[str]:
+    for what, op, rows, cols, kind in _quantizations(recipe, m, n, k):
+        choice = _choice(op, x.device, rows, cols, dtype=x.dtype, format=recipe.format, kind=kind)
+        yield f"  quantize {what} ({rows}, {cols}): {choice}"
+    for what, quantizer, shape in (("fprop", recipe.x, (m, n, k)), ("dgrad", recipe.dgrad, (m, k, n)),
+                                   ("wgrad", recipe.wgrad, (n, k, m))):  # fmt: skip
+        choice = _choice("scaled_mm", x.device, *shape, dtype=x.dtype, format=recipe.format)
+        how = str(choice) if quantizer else "torch, full precision"
+        if quantizer and quantizer.householder and quantizer.groups == "tile" and choice.backend == "triton":
+            how = "triton: a kernel with the inverse transform in its epilogue"
+        elif quantizer and quantizer.householder:
+            how += ", then the inverse transform"
+        yield f"  {what} {shape}: {how}"
+
+
+def _image_operators(recipe: Recipe, x: Tensor, s: Shape) -> Iterator[str]:
+    """Of a convolution; sizes of products are those of a group."""
+    pixels, outputs = s.images * s.pixels, s.images * s.out_pixels
+    yield f"  quantize X ({pixels}, {s.channels}): {_choice('quantize_images', x.device, pixels, s.channels, dtype=x.dtype)}"
+    w, kind = (s.out_channels, s.elements["W"] // s.out_channels), f"{recipe.w.granularity} {recipe.w.rounding} rows"
+    yield f"  quantize W {w}: {_choice('quantize', x.device, *w, dtype=x.dtype, kind=kind)}"
+    gradients = {"dgrad": recipe.dgrad, "wgrad": recipe.wgrad}
+    for name, quantizer in gradients.items():
+        if quantizer is not None and quantizer.householder:
+            matrix = s.images, s.out_pixels * s.out_channels
+            choice = _choice("householder", x.device, *matrix, dtype=x.dtype, kind=quantizer.groups)
+            yield f"  quantize dY for {name}, block Householder {matrix}: {choice}"
+        elif quantizer is not None:
+            choice = _choice("quantize_images", x.device, outputs, s.out_channels, dtype=x.dtype)
+            yield f"  quantize dY for {name} ({outputs}, {s.out_channels}): {choice}"
+    for name, shape in s.products.items():
+        quantizer = gradients.get(name, recipe.x)
+        if quantizer is None:
+            yield f"  {name} {shape}: torch, full precision"
+            continue
+        path, choice = _product_choice(name, s, x)
+        then = ", then the inverse transform" if quantizer.householder else ""
+        yield f"  {name} {shape}: {path + ', ' if choice.backend == 'triton' else ''}{choice}{then}"
+
+
+def _product_choice(name: str, s: Shape, x: Tensor) -> tuple[str, Choice]:
+    """How a product of images is computed."""
+    (m, n, k), wgrad = s.products[name], name == "wgrad"
+    if s.path == "1x1 GEMM" and not (wgrad and k > MAX_INT32_TERMS):
+        return s.path, _choice("scaled_mm", x.device, m, n, k, dtype=x.dtype)
+    if s.path == "im2col" and name == "fprop":
+        return s.path, _choice("scaled_mm", x.device, m, n, -(-k // 16) * 16, dtype=x.dtype)
+    kind = conv_cost.kind(name, s)
+    return "implicit GEMM", _choice("conv_wgrad" if wgrad else "conv", x.device, m, n, k, dtype=x.dtype, kind=kind)
+
+
+def _expectation(layer: QuantizedLayer, x: Tensor, sizes: tuple[int, int, int], shape: Shape | None) -> list[str]:
+    """The terms of the cost model, a line each."""
+    try:
+        if shape is None:
+            choice = _choice("scaled_mm", x.device, *sizes, dtype=x.dtype, format=layer.recipe.format)
+            expected = _predict(sizes[0], layer, layer.recipe, x.device, choice)
+        else:
+            expected = conv_cost.convolution(shape, layer.recipe, cost.ceilings(x.device))
+    except cost.NotModelled as e:
+        return [f"  expected: not predicted: {e}"]
+    source = "the tuned times of its operators" if expected.source == "tuned" else f"on {cost.ceilings(x.device)}"
+    lines = [f"  expected, forward and backward, {source}"]
+    for p in expected.products:
+        lines.append(f"    {p.name:<11} bf16 {p.bf16_ms:8.4f} ms   {expected.codes} {p.ms:8.4f} ms")
+    for p in expected.passes:
+        moved = f"{p.bytes_per_element} bytes an element, {p.bytes / 1e6:.1f} MB"
+        what = {"dX": "inverse of dX", "im2col": "im2col"}.get(p.name, f"quantize {p.name}")
+        lines.append(f"    {what:<34} {p.ms:8.4f} ms   {moved}")
+    total = f"bf16 {expected.bf16_ms:8.4f} ms   {expected.codes} {expected.ms:8.4f} ms   {expected}"
+    return [*lines, f"    {'in all':<11} {total}"]
+
+
+# ---- of matrices
+
+
+def _choice(op: str, device: torch.device, *sizes: int, **more) -> Choice:
+    """What dispatch would choose now: nothing is tuned for it."""
+    return select(problem(op, device, *sizes, **more), tuning.table(device))
+
+
+def _quantizations(recipe: Recipe, m: int, n: int, k: int) -> Iterator[tuple[str, str, int, int, str]]:
+    """(what, operator, rows, columns, kind) of the quantizations of X, W and dY, as `products` asks for them."""
+    for what, rows, cols, q in (("X", m, k, recipe.x), ("W", n, k, recipe.w)):
+        yield what, "quantize", rows, cols, f"{q.granularity} {q.rounding} both"
+    g, h = recipe.dgrad, recipe.wgrad
+    if g and g.householder:
+        yield "dY for dgrad, block Householder", "householder", m, n, g.groups
+        if h:
+            together = " stats" * ({g.rounding, h.rounding} == {"stochastic"})
+            yield "dY for wgrad", "quantize", m, n, f"{h.granularity} {h.rounding} cols{together}"
+        return
+    if g and h and {g.rounding, h.rounding} == {"stochastic"}:
+        yield "dY", "quantize_gradient", m, n, f"{g.granularity} {h.granularity}"
+        return
+    for product, q, layout in (("dgrad", g, "rows"), ("wgrad", h, "cols")):
+        if q:
+            yield f"dY for {product}", "quantize", m, n, f"{q.granularity} {q.rounding} {layout}"
+
+
+def _predict(rows: int, layer: nn.Linear, recipe: Recipe, device: torch.device, choice: Choice) -> cost.Prediction:
+    """From what was tuned on the device, else from its ceilings. Raises cost.NotModelled."""
+    if choice.backend == "reference":
+        cost.ceilings(device)  # where there is no GPU, that is the reason
+        raise cost.NotModelled(f"plain torch: {choice.reason}")
+    sizes, table = (rows, layer.out_features, layer.in_features), tuning.table(device)
+    if len(table):
+        arch, processors = device_info(str(device))
+        gpu = dict(device=device.type, arch=arch, processors=processors, triton=triton_version())
+        with contextlib.suppress(cost.NotModelled):
+            return cost.tuned_linear(*sizes, recipe, table, str(layer.weight.dtype).removeprefix("torch."), **gpu)
+    return cost.linear(*sizes, recipe, cost.ceilings(device))
