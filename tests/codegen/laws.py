@@ -76,12 +76,14 @@ def registers_fit(arch: str, triton: tuple[int, int], name: str, figures: dict) 
 
 def wide_loads(arch: str, triton: tuple[int, int], name: str, figures: dict) -> bool:
     """A product reads codes in pieces of 16 bytes in its main loop, rows being multiples of 16 bytes in every launch; the
-    pipelined one reads none there, its producer does.
+    pipelined one reads none there, its producer does, and convolutions of groups whose channels are not read one by one.
 
     An aligned matrix that is quantized is read and, its rows or its columns, written in pieces that make a warp's access
     512 contiguous bytes: 16 bytes a thread with NVIDIA's 32 threads, 8 with AMD's 64.
     """
     if is_product(name):
+        if "groups" in name.split():
+            return True
         return figures.get("loop_loads") == ([] if is_pipelined(name) else [16])
     kernel = name.split()[1]
     if not is_aligned(name) or kernel in OF_GROUPS:

@@ -1,10 +1,8 @@
 """The compiler gate: laws that every compiled kernel keeps, and figures that change only together with their table."""
 
-import itertools
-
 import pytest
 
-from fqt_bench.codegen.table import ARCHES, Table, compile_table, config_name
+from fqt_bench.codegen.table import ARCHES, Table, chosen, compile_table
 
 from . import laws
 
@@ -33,22 +31,7 @@ def test_every_kernel_of_the_package_is_compiled(table):
 
 @pytest.mark.parametrize("arch", ARCHES)
 def test_every_configuration_that_dispatch_may_choose_is_compiled(table, arch):
-    from fqt.dispatch import Problem, select
-
-    sizes = [(1, 1), (512, 512), (2048, 1024), (4096, 4096), (8192, 4095), (16384, 16384)]
-    gpu = dict(device="cuda", arch=arch.replace("_", ""), processors=108, triton=table.triton)
-    missing = set()
-    for (m, n), k, codes in itertools.product(sizes, (64, 4096, 32768, 200_704), ("int", "e4m3")):
-        choice = select(Problem("scaled_mm", m, n, k, format=codes, **gpu))
-        if choice.backend == "reference":  # float8 where there is none
-            continue
-        kinds = {"fp8 scales" if codes == "e4m3" else "flush scales" if k == 200_704 else "scales"}
-        # Of sm_89 the split sums, which are int8's, are compiled for sm_80 instead.
-        kinds |= {"split added bfloat16 absmax"} if choice.split_k > 1 and arch != "sm_89" else set()
-        extents = {"scales": "even" if n % 16 == 0 or n == 1 else "odd", "absmax": "tail"}
-        for kind in kinds:
-            missing.add(f"{arch} _scaled_mm_kernel {config_name(choice.config)} {kind} {extents[kind.split()[-1]]}")
-    missing -= set(table.entries)
+    missing = {f"{arch} _scaled_mm_kernel {name}" for name in chosen(arch)} - set(table.entries)
     assert not missing, f"{len(missing)} are not compiled: {sorted(missing)}"
 
 

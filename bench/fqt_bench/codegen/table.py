@@ -1,6 +1,8 @@
 """The table of figures: compiling it, and the committed copies of it, one file for each version of Triton."""
 
 import difflib
+import functools
+import itertools
 import json
 import os
 import re
@@ -24,28 +26,73 @@ if not PINNED:
     del ARCHES["sm_120"], ARCHES["sm_89"]
     if tuple(map(int, metadata.version("triton").split(".")[:2])) < (3, 8):
         del ARCHES["sm_100"]
+# Launches that need less than another one of the same kernel.
+LESS = re.compile(
+    r"(?<!fp8 )scales odd$| split "
+    r"|^(64x\d+x\d+ w4|128x64x\d+ (c1 )?w\d|128x128x\d+ w8) .*affine tail$"  # there is an odd one
+    r"|^row ranges even|^groups \w+ even|^bhq n(128|1024|8192) |^bhq n4096 min nearest"
+    r"|^psgd (bfloat16|adamw every scaled)|^int8 step sgd"
+    r"|^n1024 cols (grid|min) |^n4096 |^n28672 min|^per_tensor (cols )?grid"
+    r"|^gradient (int8 odd|psq8 stochastic|ptq4|fp8 odd)"
+    r"|conv (even|affine contiguous tail)$|wgrad strided even$"
+    r"|^images (nhwc rows|nhwc symmetric|nhwc gradient|nhwc odd|nchw odd 14x14|first)"
+)
+
+
+def config_name(config: tuple[int, ...]) -> str:
+    return "{}x{}x{} w{} s{}".format(*config)
+
+
+@functools.cache
+def chosen(arch: str) -> frozenset[str]:
+    """The launches of the portable product that dispatch chooses without being asked. sm_89 has split sums for sm_80's."""
+    from fqt.dispatch import Problem, select
+
+    sizes = [(1, 1), (512, 512), (2048, 1024), (4096, 4096), (8192, 4095), (16384, 16384)]
+    gpu = dict(device="cuda", arch=arch.replace("_", ""), processors=108, triton=metadata.version("triton"))
+    names = set()
+    for (m, n), k, codes in itertools.product(sizes, (64, 4096, 32768, 200_704), ("int", "e4m3")):
+        choice = select(Problem("scaled_mm", m, n, k, format=codes, **gpu))
+        if choice.backend == "reference":  # float8 where there is none
+            continue
+        kind = "fp8 scales" if codes == "e4m3" else "flush scales" if k == 200_704 else "scales"
+        names.add(f"{config_name(choice.config)} {kind} {'even' if n % 16 == 0 or n == 1 else 'odd'}")
+        if choice.split_k > 1 and arch != "sm_89":
+            names.add(f"{config_name(choice.config)} split added bfloat16 absmax tail")
+    return frozenset(names)
 
 
 def is_worth_it(arch: str, name: str) -> bool:
-    """Whether a launch is compiled for the architecture: all for sm_90 with the pinned Triton; else those that need the most
-    of each kernel and configuration, and those that dispatch chooses without being asked; of sm_120, whose instructions
-    are sm_80's, the products, and of sm_80 the steps of optimizers only with the pinned Triton."""
+    """Whether a launch is compiled for the architecture.
+
+    With the pinned Triton all for sm_90; for sm_80 all but variants and most quantizations of images. Else those that need
+    the most of each kernel and configuration, and those that dispatch chooses without being asked: for sm_120, whose
+    instructions are sm_80's, and with other Tritons for sm_100 the products alone, for sm_120 without convolutions; with
+    other Tritons for sm_80 no steps of optimizers, for gfx942 neither those nor groups and their transform; for sm_89 of
+    the integers, whose instructions are sm_80's, not the longest epilogues.
+    """
     if PINNED and arch == "sm_90":
         return True
     words = name.split()
-    if arch == "sm_120" and not re.match(r"\d+x\d+x\d+ ", name):
+    if not re.match(r"\d+x\d+x\d+ ", name) and (arch == "sm_120" or (arch == "sm_100" and not PINNED)):
         return False
-    if arch == "sm_80" and not PINNED and words[0] in ("psgd", "int8"):  # element by element, as on sm_90
+    if arch == "sm_120" and {"conv", "wgrad"} & set(words):
         return False
-    plain = "split" in words or not {"added", "absmax"} & set(words)
+    steps, groups = ("psgd", "int8"), ("row", "groups", "bhq", "inverse")  # without tensor cores, as on sm_90
+    if not PINNED and words[0] in {"sm_80": steps, "gfx942": steps + groups}.get(arch, ()):
+        return False
+    complete = PINNED and arch == "sm_80" and words[0] != "images"
     few = (
         {"folded", "float32", "multiplier"}
-        if PINNED
+        if complete
         else {"folded", "float32", "multiplier", "symmetric", "full", "one"}
     )
+    plain = "split" in words or not {"added", "absmax"} & set(words)
     hopper = ("affine", "even"), ("full", "even"), ("scales", "tail"), ("full", "odd")
     varied = few & set(words) or tuple(words[-2:]) in hopper
-    return plain and not varied and not re.search(r"\d+x\d+ w8$", name)
+    if not plain or varied or re.search(r"\d+x\d+ w8$", name) or (arch == "sm_89" and "affine" in words):
+        return False
+    return complete or not LESS.search(name) or name in chosen(arch)
 
 
 @dataclass(frozen=True)
@@ -84,10 +131,6 @@ class Table:
         """The lines of an architecture that differ in the other table, as a diff from it to this one."""
         mine, theirs = (Table(t.triton, t.kernels, t.of(arch)).lines() for t in (self, other))
         return "\n".join(line for line in difflib.ndiff(theirs, mine) if line[0] in "+-")
-
-
-def config_name(config: tuple[int, ...]) -> str:
-    return "{}x{}x{} w{} s{}".format(*config)
 
 
 def compile_table() -> Table:
