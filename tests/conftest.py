@@ -1,5 +1,7 @@
 """Fixtures shared by all tests. Without a GPU the kernels run in Triton's interpreter, on CPU tensors."""
 
+import functools
+import inspect
 import os
 
 import torch
@@ -9,9 +11,27 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
 
 import pytest
+from triton.language.core import is_builtin
+from triton.runtime import interpreter
 
 # One thread for each of the processes that share the machine, if pytest-xdist runs several.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(torch.get_num_threads(), 2))
+
+
+@functools.cache
+def _builtins(package: object) -> list[str]:
+    return [name for name, member in inspect.getmembers(package) if is_builtin(member)]
+
+
+def _patch_builtin(package: object, builder: object, scope: object) -> None:
+    """The interpreter's own looks through all members of Triton's language at every call of every device function, a
+    third of its time. The names of the builtins among them do not change."""
+    for name in _builtins(package):
+        if is_builtin(member := getattr(package, name)):
+            interpreter._patch_attr(package, name, member, builder, scope)
+
+
+interpreter._patch_builtin = _patch_builtin
 
 
 @pytest.fixture

@@ -88,7 +88,7 @@ def test_both_quantizations_are_those_of_the_reference(name, device):
 @pytest.mark.parametrize("programs", [1, 2, 1000])
 def test_nothing_depends_on_how_the_work_is_divided(name, programs, device, monkeypatch):
     """Chunks of the statistics, their tile, the tile of the codes, the default launch; the sums within their bound."""
-    recipe, (m, n) = Recipe.parse(name), (70, 40)
+    recipe, (m, n) = Recipe.parse(name), (70, 24)
     dy = gradient(m, n)
     row_mul, col_mul = factors(m, n, recipe.x.granularity == "per_row")
     rng = laws.random_state(1, 1)

@@ -123,16 +123,16 @@ def random_ranges(g):
     return torch.where(ties & (ranges < 1e6), ranges.round(), ranges)
 
 
-def test_grouping_is_the_published_loop_on_ten_thousand_random_cases():
+def test_grouping_is_the_published_loop_on_four_thousand_random_cases():
     g = torch.Generator().manual_seed(5)
     largest = []
-    for _ in range(10_000):
+    for _ in range(4_000):
         ranges = random_ranges(g)
         group, leads, size, *_ = group_one_by_one(ranges.tolist())
         assert grouped(ranges)[:3] == (group, leads, size)
         assert min(size) >= 2 or max(ranges.tolist()) == 0
         largest.append(max(size))
-    assert sum(s == 3 for s in largest) > 300 and sum(s > 16 for s in largest) > 300  # small groups and large ones
+    assert sum(s == 3 for s in largest) > 120 and sum(s > 16 for s in largest) > 120  # small groups and large ones
 
 
 @pytest.mark.parametrize("kind", RANGES)

@@ -136,7 +136,8 @@ def test_quantize_refuses_what_does_not_go_together(change, error, says):
 def test_linear_passes_opcheck(recipe, m, device):
     w = torch.randn(4, 9, device=device, requires_grad=True)
     bias = torch.randn(4, device=device, requires_grad=True)
-    for x_grad, b in itertools.product((True, False), (bias, None)):
+    every = itertools.product((True, False), (bias, None)) if m > 1 else ((True, bias), (False, None))
+    for x_grad, b in every:
         x = torch.randn(m, 9, device=device, requires_grad=x_grad)
         opcheck(ops.linear, linear_arguments(recipe, x, w, b))
     opcheck(

@@ -25,6 +25,15 @@ def _on_device(device):
         yield
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _others_are_left_out():
+    """What lives before the first test is not gone through by the collection before each."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def _alone():
     """No layers of other tests live, and no recording outlives a test."""
