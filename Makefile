@@ -29,7 +29,7 @@ gpu:
 	for part in "fqt doctor" "pytest -q" "fqt tune --suite llama-8b cubes --budget 4" \
 		"fqt tune export bench/results/tuned-$$(date -u +%Y%m%d-%H%M%S).json" \
 		"fqt bench --suite kernels layers train --budget-s 360" "fqt bench --suite optim --budget-s 120" \
-		"fqt bench --suite householder --budget-s 180"; do \
+		"fqt bench --suite householder --budget-s 180" "fqt bench --suite conv --budget-s 240"; do \
 		echo "== $(PYTHON) -m $$part"; $(PYTHON) -m $$part || failed=1; \
 	done; exit $$failed
 

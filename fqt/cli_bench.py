@@ -11,7 +11,7 @@ from typing import Any
 
 from .cli import Defaults
 
-SUITES = ("smoke", "kernels", "layers", "optim", "train", "householder")
+SUITES = ("smoke", "kernels", "layers", "optim", "train", "householder", "conv")
 BUDGET_S = 420.0
 _DAY_S = 86_400.0
 _SUBCOMMANDS = {
@@ -27,7 +27,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     bench.add_argument(
         "--suite", nargs="+", choices=SUITES, default=["smoke"], metavar="SUITE",
         help="of smoke (every operator once and the noise-free counters: a minute, no GPU needed), kernels, layers, optim, "
-        "train, householder (default: smoke)",
+        "train, householder, conv (default: smoke)",
     )  # fmt: skip
     bench.add_argument(
         "--out", metavar="DIR", help="folder of results (default: bench/results in a checkout, else fqt-bench)"

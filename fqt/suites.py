@@ -1,11 +1,12 @@
 """Shapes that training meets: the layers of some networks, and the problems that they pose to dispatch.
 
-A layer is (name, M, N, K): M samples (tokens, or pixels of a convolution), N outputs, K inputs.
+A layer is (name, M, N, K): M samples (tokens, or pixels of a convolution), N outputs, K inputs. Convolutions keep theirs as
+well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -30,22 +31,100 @@ _BERT_LARGE = (("qkv", 3072, 1024), ("output", 1024, 1024), ("up", 4096, 1024), 
 _VIT_LARGE = (("qkv", 3072, 1024), ("proj", 1024, 1024), ("fc1", 4096, 1024), ("fc2", 1024, 4096))
 
 
+class Convolution(NamedTuple):
+    """`count` equal convolutions of a network, of n square images with c channels: kernel x kernel filters, padded by half.
+
+    edge: of an image.   o: output channels.   first: of the network's own input, which has no gradient.
+    """
+
+    name: str
+    n: int
+    c: int
+    edge: int
+    o: int
+    kernel: int
+    stride: int = 1
+    groups: int = 1
+    count: int = 1
+    first: bool = False
+
+    @property
+    def out_edge(self) -> int:
+        return (self.edge + 2 * (self.kernel // 2) - self.kernel) // self.stride + 1
+
+    @property
+    def multiplications(self) -> int:
+        """Of one of its three products, those by the zeros of the padding included."""
+        return self.n * self.out_edge**2 * self.o * self.c // self.groups * self.kernel**2
+
+    @property
+    def as_layer(self) -> Layer:
+        """A group as a matrix product of unfolded images."""
+        return Layer(
+            self.name, self.n * self.out_edge**2, self.o // self.groups, self.c // self.groups * self.kernel**2
+        )
+
+
+def _resnet(batch: int, blocks: Sequence[int], stage: Callable[..., list[Convolution]]) -> tuple[Convolution, ...]:
+    """A ResNet for images of 224 x 224 pixels. stage(name, batch, c, edge, width, stride, blocks): of one of its stages."""
+    found = [Convolution("conv1", batch, 3, 224, 64, 7, 2, first=True)]
+    c, edge = 64, 56
+    for i, count in enumerate(blocks):
+        found += stage(f"layer{i + 1}", batch, c, edge, 64 * 2**i, 2 if i else 1, count)
+        c, edge = found[-1].o, found[-1].out_edge
+    return tuple(found)
+
+
+def _bottlenecks(name: str, n: int, c: int, edge: int, width: int, stride: int, blocks: int) -> list[Convolution]:
+    """The stride is that of the first block's 3x3, and of its shortcut."""
+    wide, out = 4 * width, edge // stride
+    return [
+        Convolution(f"{name}.0.conv1", n, c, edge, width, 1),
+        Convolution(f"{name}.0.conv2", n, width, edge, width, 3, stride),
+        Convolution(f"{name}.0.downsample", n, c, edge, wide, 1, stride),
+        Convolution(f"{name}.conv1", n, wide, out, width, 1, count=blocks - 1),
+        Convolution(f"{name}.conv2", n, width, out, width, 3, count=blocks - 1),
+        Convolution(f"{name}.conv3", n, width, out, wide, 1, count=blocks),
+    ]
+
+
+def _basic_blocks(name: str, n: int, c: int, edge: int, width: int, stride: int, blocks: int) -> list[Convolution]:
+    """The first block has a shortcut of its own where it changes the shape."""
+    shortcut = Convolution(f"{name}.0.downsample", n, c, edge, width, 1, stride)
+    return [
+        Convolution(f"{name}.0.conv1", n, c, edge, width, 3, stride),
+        *([shortcut] if (c, stride) != (width, 1) else []),
+        Convolution(f"{name}.conv", n, width, edge // stride, width, 3, count=2 * blocks - 1),
+    ]
+
+
+def resnet50(batch: int) -> tuple[Convolution, ...]:
+    """The convolutions of ResNet-50; of those of the same shape in a stage, one but for the first block's."""
+    return _resnet(batch, (3, 4, 6, 3), _bottlenecks)
+
+
+def resnet18(batch: int) -> tuple[Convolution, ...]:
+    """The convolutions of ResNet-18."""
+    return _resnet(batch, (2, 2, 2, 2), _basic_blocks)
+
+
+def distinct(convolutions: Iterable[Convolution]) -> tuple[Convolution, ...]:
+    """One of each shape, by the name of the first, with the counts of all."""
+    found: dict[Convolution, Convolution] = {}
+    for c in convolutions:
+        shape = c._replace(name="", count=0)
+        before = found.get(shape)
+        found[shape] = c if before is None else before._replace(count=before.count + c.count)
+    return tuple(found.values())
+
+
+CONVOLUTIONS = {"ResNet-50": distinct(resnet50(256)), "ResNet-18": distinct(resnet18(64))}
+
+
 def _resnet50(batch: int) -> tuple[Layer, ...]:
-    """Its convolutions as matrix products of unfolded images: M = batch·height·width of the output, N = channels out,
-    K = channels in · kernel height · kernel width. Of layers of the same shape in a stage, one."""
-    layers = [Layer("conv1", batch * 112 * 112, 64, 3 * 7 * 7)]
-    channels, before = 64, 56  # in, and the edge of the image in
-    for stage, (width, edge) in enumerate(((64, 56), (128, 28), (256, 14), (512, 7)), 1):
-        image, wide = batch * edge * edge, 4 * width
-        layers += [
-            Layer(f"layer{stage}.0.conv1", batch * before * before, width, channels),
-            Layer(f"layer{stage}.0.downsample", image, wide, channels),
-            Layer(f"layer{stage}.conv1", image, width, wide),
-            Layer(f"layer{stage}.conv2", image, width, 9 * width),
-            Layer(f"layer{stage}.conv3", image, wide, width),
-        ]
-        channels, before = wide, edge
-    return (*layers, Layer("fc", batch, 1000, 2048))
+    """Its layers as matrix products; the first 3x3 of a stage has the same shape as the others."""
+    convolutions = (c for c in resnet50(batch) if not c.name.endswith(".0.conv2"))
+    return (*(c.as_layer for c in convolutions), Layer("fc", batch, 1000, 2048))
 
 
 SUITES: dict[str, tuple[Layer, ...]] = {

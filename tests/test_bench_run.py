@@ -359,7 +359,7 @@ def test_a_real_smoke_run_measures_every_operator_and_fits_the_schema(tmp_path, 
     assert failures(result) == [] and path is not None and result["skipped"] == []
     own = [(case["suite"], c["status"]) for case in result["cases"] for c in case["candidates"] if c["ours"]]
     assert {suite for suite, _ in own} == {"quantize", "gemm", "linear fwd+bwd", "convert", "householder",
-                                        "psgd step, tiny ResNet float32"}  # fmt: skip
+                                        "psgd step, tiny ResNet float32", "conv fwd+bwd"}  # fmt: skip
     assert {status for _, status in own} == {"ok"} and len(own) >= 20
     assert {c["provider"] for case in result["cases"] for c in case["candidates"]} == {
         "fqt", "torch", "torchao", "StatQuant's way"}  # fmt: skip

@@ -18,7 +18,7 @@ from fqt.qtensor import QTensor
 from fqt.recipe import Quantizer, Recipe
 
 from .cases import BF16_BOUND, ceilings, gaussian, quantize_exactly
-from .harness import Candidate, Case, check_near
+from .harness import Candidate, Case, Wrong, check_near
 from .providers import has_fp8, peer
 
 RECIPES = ("int8", "psq8")
@@ -71,7 +71,7 @@ def linear(
             Candidate(
                 f"{OWN}{name}{note}", step(layer, x, dy, backend=backend), check, ops,
                 prediction="" if note else _prediction(m, n, k, layer.recipe, device), tag=f"{name}{note}",
-                rewind=_rewind(layer), same_bits=name,
+                rewind=rewind(layer), same_bits=name,
             )
         )  # fmt: skip
     if compiled:
@@ -123,7 +123,7 @@ def step(
     return run
 
 
-def _rewind(layer: fqt.nn.Linear) -> Callable[[], object]:
+def rewind(layer: fqt.nn.Linear | fqt.nn.Conv2d) -> Callable[[], object]:
     """Takes the layer's random stream back to where it is now."""
     state = layer._fqt_rng.clone()
     return lambda: layer._fqt_rng.copy_(state)
@@ -153,7 +153,7 @@ def _torchao(plain: torch.nn.Linear, x: list[Tensor], dy: list[Tensor], ops: flo
 def _exact_check(layer: torch.nn.Linear, x: list[Tensor], dy: list[Tensor], bound: float):
     def check(out: tuple[Tensor, Tensor, Tensor], i: int) -> str:
         a, w, g = x[i].detach().float(), layer.weight.detach().float(), dy[i].float()
-        return _check_layer(out, (reference.mm(a, w.t()), reference.mm(g, w), reference.mm(g.t(), a)), bound)
+        return check_products(out, (reference.mm(a, w.t()), reference.mm(g, w), reference.mm(g.t(), a)), bound)
 
     return check
 
@@ -172,7 +172,7 @@ def _layer_check(layer: fqt.nn.Linear, x: list[Tensor], dy: list[Tensor], bound:
             reference.dgrad(g, wq, recipe, rng=rng, stream=DGRAD),
             reference.wgrad(g, xq, recipe, rng=rng, stream=WGRAD),
         )
-        return _check_layer(out, want, bound)
+        return check_products(out, want, bound)
 
     return check
 
@@ -181,9 +181,15 @@ def _quantized(t: Tensor, quantizer: Quantizer) -> QTensor:
     return quantize_exactly(t, quantizer) if quantizer.format == "int" else reference.quantize(t, quantizer)
 
 
-def _check_layer(out: tuple[Tensor, ...], want: tuple[Tensor, ...], bound: float) -> str:
-    parts = zip(out, want, ("Y", "dX", "dW"), strict=True)
-    return ", ".join(f"{what} {check_near(got, to, bound, what)}" for got, to, what in parts)
+def check_products(out: tuple[Tensor | None, ...], want: tuple[Tensor | None, ...], bound: float) -> str:
+    """Y, dX and dW; None for what nobody asked for."""
+    remarks = []
+    for got, to, what in zip(out, want, ("Y", "dX", "dW"), strict=True):
+        if (got is None) != (to is None):
+            raise Wrong(f"{what}: {'missing' if got is None else 'not asked for'}")
+        if got is not None:
+            remarks.append(f"{what} {check_near(got, to, bound, what)}")
+    return ", ".join(remarks)
 
 
 # ---- memory

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -40,6 +42,17 @@ OPERANDS = {"int8 per_row": ROW, "int8 per_tensor grid": GRID, "e4m3 per_row": r
 def work_dtype(device: torch.device) -> torch.dtype:
     """What a network would be trained in: bf16 on a GPU, float32 on a CPU, whose bf16 products are slow."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+@contextlib.contextmanager
+def searching() -> Iterator[None]:
+    """Within, cuDNN times its algorithms for each convolution that it meets for the first time, and keeps the fastest."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 # ---- quantization

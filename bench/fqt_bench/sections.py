@@ -7,7 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import facts
+from fqt.suites import CONVOLUTIONS
+
+from . import convs, facts
 from .facts import NOT_MEASURED, Grid, Machine, Measured
 from .reading import Run
 from .targets import GEMM, LINEAR
@@ -275,6 +277,14 @@ def _frontier(machines: Sequence[Machine]) -> Iterator[Block]:
         for machine, grid in grids:
             yield Heading(f"{facts.TITLES[suite].capitalize()}, {machine.name}")
             yield from _grid(machine, suite, grid)
+    for network in CONVOLUTIONS:
+        tables = [(machine, rows) for machine in machines if machine.is_gpu and
+                  (rows := convs.rows(network, (case for _, case in machine.cases())))]  # fmt: skip
+        if not tables:
+            yield Text(f"Int8 over bf16, convolutions of {network}, on a GPU: not measured.", warning=True)
+        for machine, rows in tables:
+            caption = f"Convolutions of {network}, batch {rows[0].of.n}, forward and backward, {machine.name}"
+            yield Table(caption, convs.HEADER, tuple(map(convs.cells, rows)), right=convs.RIGHT)
 
 
 def _grid(machine: Machine, suite: str, grid: Grid) -> Iterator[Block]:

@@ -10,13 +10,26 @@ from typing import Any
 
 import torch
 
-from fqt.suites import SUITES
+from fqt.suites import CONVOLUTIONS, SUITES, Convolution
 
-from . import cases, householder, layers, operators, optim, parameters, products, psgd, train
+from . import (
+    cases,
+    conv_pieces,
+    convs,
+    householder,
+    layers,
+    operators,
+    optim,
+    parameters,
+    products,
+    psgd,
+    resnet50,
+    train,  # fmt: skip
+)
 from .harness import Case, Effort, Timer, repeat
 from .providers import has_fp8
 
-NAMES = ("smoke", "kernels", "layers", "optim", "train", "householder")
+NAMES = ("smoke", "kernels", "layers", "optim", "train", "householder", "conv")
 FAMILIES = ("exact", "qat8", "ptq8", "psq8", "bhq8", "int8", "fp8")  # a recipe of each
 
 
@@ -46,9 +59,19 @@ FRONTIER = tuple(dict.fromkeys((m, n, k) for name in ("cubes", "llama-8b", "bert
                                for _, m, n, k in SUITES[name]))  # fmt: skip
 ODD = ((4095, 4095, 4095), (1000, 1000, 1000), (64, 4096, 4096), (8192, 64, 1024), (128, 128, 128))
 LAYERS = ((2048, 2048, 2048), (16384, 4096, 1024), (8192, 6144, 4096), (512, 1024, 1024), (64, 4096, 4096))
+PIECES = tuple(
+    next(c for c in CONVOLUTIONS["ResNet-50"] if c.name == name)
+    for name in ("layer3.conv2", "layer2.0.conv2", "layer3.conv1")
+)  # 3x3, 3x3 with stride 2, 1x1
+# Each of the ways that the kernels compute a convolution, without and with stride, and groups of a channel.
+TINY_CONVS = (Convolution("stem", 16, 3, 12, 16, 7, 2, first=True), Convolution("strided", 16, 16, 8, 32, 3, 2),
+              Convolution("1x1", 16, 16, 8, 32, 1), Convolution("depthwise", 16, 16, 8, 16, 3, groups=16))  # fmt: skip
+SMALL_CONVS = (Convolution("3x3", 8, 32, 14, 32, 3), Convolution("3x3 strided", 8, 32, 14, 64, 3, 2),
+               Convolution("1x1", 8, 64, 14, 32, 1), Convolution("stem", 8, 3, 32, 32, 7, 2, first=True))  # fmt: skip
 BRIEF = Effort(rounds=30, min_rounds=8, limit_s=0.5, warm_up_s=0.1)
 DENSE = Effort(rounds=40, min_rounds=7, limit_s=10, warm_up_s=0.1, warm_up_rounds=1)  # whose products take a second
 SMOKE = Effort(rounds=15, min_rounds=5, limit_s=1.2, warm_up_s=0.05, warm_up_rounds=1)
+SMOKE_CONVS = Effort(rounds=5, min_rounds=3, limit_s=0.2, warm_up_s=0.0, warm_up_rounds=1)  # each: there are several
 
 
 def plans(suites: Sequence[str], device: torch.device, quick: bool, only: str = "*") -> list[Plan]:
@@ -85,6 +108,7 @@ def _smoke(device: torch.device) -> list[Plan]:
         _plan(_conversion, "convert", (4, 128, 128), 1, device, effort=SMOKE),
         _householder(size, 2, device, effort=SMOKE),
         _psgd(parameters.TINY, torch.float32, 1, device, effort=SMOKE, brief=True),
+        *(_conv(of, 1, device, effort=SMOKE_CONVS, compiled=False, sets=1) for of in TINY_CONVS),
     ]
 
 
@@ -105,6 +129,27 @@ def _householder(shape: Sequence[int], needs_s: float, device: torch.device, sou
                  effort: Effort | None = None, **parts: bool) -> Plan:  # fmt: skip
     build = functools.partial(householder.case, source=source, **parts)
     return _plan(build, householder.title(source), shape, needs_s, device, effort=effort)
+
+
+def _conv(of: Convolution, needs_s: float, device: torch.device, network: str = "", effort: Effort | None = None,
+          **options: Any) -> Plan:  # fmt: skip
+    """Of a whole layer."""
+    build = functools.partial(convs.case, of, device, network=network, **options)
+    return Plan(convs.title(network), convs.size(of), needs_s, build, effort=effort)
+
+
+def _pieces(of: Convolution, needs_s: float, device: torch.device, effort: Effort | None = None) -> list[Plan]:
+    """Of a layer's kernels, one by one."""
+    made = [(conv_pieces.QUANTIZE, functools.partial(conv_pieces.quantize, of, device))]
+    made += [(conv_pieces.title(name), functools.partial(conv_pieces.product, name, of, device))
+             for name in conv_pieces.PRODUCTS]  # fmt: skip
+    return [Plan(title, convs.size(of), needs_s, build, effort=effort) for title, build in made]
+
+
+def _conv_entries(key: str, of: Convolution, needs_s: float, device: torch.device) -> Plan:
+    """ "repeats" or "launches" of a layer."""
+    count = {"repeats": _repeats_of_conv, "launches": _launches_of_conv}[key]
+    return Plan(f"{key} of {convs.SUITE}", convs.size(of), needs_s, functools.partial(count, of, device), key)
 
 
 def _psgd(of: parameters.Parameters, dtype: torch.dtype, needs_s: float, device: torch.device,
@@ -136,9 +181,15 @@ def _on_cpu(suite: str, device: torch.device, quick: bool) -> list[Plan]:
         sizes = {(128, 512, 512): 15, (512, 512, 512): 20, (2048, 1024, 1024): 40, large: 60}
         return [*(_householder(shape, needs_s, device, effort=DENSE) for shape, needs_s in sizes.items()),
                 *(_householder(large, 20, device, source, DENSE, authors=False) for source in others)]  # fmt: skip
+    if suite == "conv":
+        first = SMALL_CONVS[0]
+        return [*(_conv(of, 3, device) for of in SMALL_CONVS), *_pieces(first, 3, device),
+                _conv_entries("repeats", first, 2, device)]  # fmt: skip
     small = (parameters.SMALL_RESNET50, parameters.SMALL_LLAMA) if suite == "optim" else ()
     return [*(_psgd(of, torch.float32, 15, device) for of in small),
-            *_steps(suite, device, ((1024, 1024),), ((128, 256, 3),), ((8, 32, 128, 2),))]  # fmt: skip
+            *_steps(suite, device, ((1024, 1024),), ((128, 256, 3),), ((8, 32, 128, 2),)),
+            *([_resnet50(16, 32, 40, device, width=8, title=f"{resnet50.TITLE} an eighth as wide")]
+              if suite == "train" else [])]  # fmt: skip
 
 
 def _on_gpu(suite: str, device: torch.device, quick: bool) -> list[Plan]:
@@ -178,9 +229,17 @@ def _on_gpu(suite: str, device: torch.device, quick: bool) -> list[Plan]:
                 *(_householder(LARGE, 10, device, source, authors=False) for source in householder.SOURCES[1:]),
                 *(_householder(shape, 6, device, effort=BRIEF, authors=False) for shape in FRONTIER
                   if shape not in (*against, largest)), _householder(largest, 90, device, effort=BRIEF)]  # fmt: skip
+    if suite == "conv":
+        entries = [_conv_entries(key, of, 4, device) for key in ("repeats", "launches") for of in PIECES]
+        pieces = [plan for of in PIECES for plan in _pieces(of, 4, device, BRIEF)]
+        of_network = {name: [_conv(of, 4, device, name, BRIEF) for of in all_] for name, all_ in CONVOLUTIONS.items()}
+        if quick:
+            return [*(_conv(of, 6, device, "ResNet-50") for of in PIECES), *entries]
+        return [*entries, *of_network["ResNet-50"], *pieces, *of_network["ResNet-18"]]
     if suite == "train":
         mlp, encoder = ((4096, 2048, 4), ()) if quick else ((8192, 4096, 4), ((16, 512, 1024, 4),))
-        return _steps(suite, device, (), (mlp,), encoder)
+        image = (64, 128) if quick else (256, 224)
+        return [*_steps(suite, device, (), (mlp,), encoder), _resnet50(*image, 30, device)]
     nets = (parameters.RESNET50,) if quick else (parameters.LLAMA_8B, parameters.RESNET50)
     each = [plan(of, torch.float32, s, device) for of in nets for plan, s in ((_psgd, 15), (_launches_of_psgd, 8))]
     step = _steps(suite, device, ((4096, 4096),), (), ())
@@ -199,6 +258,13 @@ def _steps(suite: str, device: torch.device, weights: Sequence, mlps: Sequence, 
         made += [(train.encoder, "train encoder", shape, shape) for shape in encoders]
     return [Plan(name, "x".join(map(str, title)), 15 if device.type == "cuda" else 4,
                  functools.partial(_single, build, shape, device)) for build, name, shape, title in made]  # fmt: skip
+
+
+def _resnet50(
+    batch: int, edge: int, needs_s: float, device: torch.device, title: str = resnet50.TITLE, **options: Any
+) -> Plan:
+    build = functools.partial(_single, functools.partial(resnet50.case, title=title, **options), (batch, edge), device)
+    return Plan(title, f"{batch}x3x{edge}x{edge}", needs_s, build)
 
 
 def _single(build: Callable[..., Any], shape: Sequence[int], device: torch.device, sets: int = 1):
@@ -222,6 +288,16 @@ def _repeats_of_products(shape: tuple[int, int, int], device: torch.device, time
 def _repeats_of_layers(shape: tuple[int, int, int], device: torch.device, timer: Timer, refused: Mapping[str, str]):
     names = None if device.type == "cuda" else FAMILIES
     return repeat(_linear(*shape, device, sets=1, names=names), timer, refused)
+
+
+def _repeats_of_conv(of: Convolution, device: torch.device, timer: Timer, refused: Mapping[str, str]):
+    return repeat(convs.case(of, device, sets=1, compiled=False), timer, refused)
+
+
+def _launches_of_conv(of: Convolution, device: torch.device, timer: Timer, refused: Mapping[str, str]):
+    from .cuda import launches
+
+    return case_launches(launches, convs.case(of, device, sets=1, compiled=False), refused)
 
 
 def _launches(shape: tuple[int, int, int], device: torch.device, timer: Timer, refused: Mapping[str, str]):

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 
 from fqt.cli import table
+from fqt.suites import CONVOLUTIONS
 
+from . import convs
+from .convs import BF16
 from .harness import DOES_NOT_FIT
 from .householder import SUITE as HOUSEHOLDER
 from .householder import costs
@@ -23,7 +26,6 @@ HEADER = ("case", "shape", "candidate", "ms", "p10-p90", "rate", "ratio", "95 %"
 FAILED = ("wrong", "error")
 OWN_INT8 = ("portable", "split", "hopper", "cublas")
 OWN_LAYER = ("int8", "int8 hopper")
-BF16 = ("bf16", "bf16 compiled")  # the faster one is the baseline
 Result = dict[str, Any]
 
 
@@ -230,6 +232,11 @@ def report(result: Result) -> str:
     if of_bhq:
         where = "on the CPU; a GPU: not measured" if e["device"] == "cpu" else "on the GPU"
         sections += [f"What BHQ costs, {where}. Times over those of the product that computes dX, and of PSQ", *of_bhq]
+    for network in CONVOLUTIONS:
+        rows = convs.rows(network, result["cases"])
+        if rows:
+            sections += [f"{network}, forward and backward, batch {rows[0].of.n}: against the faster of torch's",
+                         table(convs.HEADER, list(map(convs.cells, rows)), right=convs.RIGHT)]  # fmt: skip
     if {"kernels", "layers", "optim", HOUSEHOLDER} & set(result["suites"]):
         targets = [t.row(result) for t in TARGETS]
         sections.append(table(("", "target", "bound", "measured", "verdict"), targets, right=(2, 3)))

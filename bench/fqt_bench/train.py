@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ import fqt
 from .cases import gaussian
 from .harness import Candidate, Case, Wrong
 from .layers import dtype_name
-from .operators import work_dtype
+from .operators import searching, work_dtype
 from .providers import has_fp8, peer
 
 RECIPES = ("exact", "int8", "psq8", "bhq8")
@@ -35,11 +35,22 @@ ALLOWED_EXACT = 0.01  # the same operators, in another order of sums at most
 
 
 class Network(NamedTuple):
-    """build(): a model in its initial state, on the device. x: its inputs. labels: of CLASSES, one for each output."""
+    """build(): a model in its initial state, on the device. x: its inputs. labels: one for each output. lr: of AdamW."""
 
     build: Callable[[], nn.Module]
     x: Tensor
     labels: Tensor
+    lr: float
+
+
+class Way(NamedTuple):
+    """Of training it: convert(model) returns the model to train. allowed: distance from full precision's progress, as a
+    share of it. fields: of the candidate."""
+
+    title: str
+    convert: Callable[[nn.Module], nn.Module]
+    allowed: float
+    fields: dict[str, str]
 
 
 def mlp(batch: int, width: int, depth: int, device: torch.device) -> Case:
@@ -71,25 +82,37 @@ def _case(suite: str, shape: str, build: Callable[[], nn.Module], sizes: tuple[i
     x = gaussian(*sizes, device=device, seed=0, dtype=dtype)
     # Labels that a linear map of the inputs gives: to be learned, not memorized.
     teacher = gaussian(sizes[-1], CLASSES, device=device, seed=1, dtype=dtype)
-    network = Network(functools.partial(copy.deepcopy, model), x, (x @ teacher).argmax(-1))
+    network = Network(functools.partial(copy.deepcopy, model), x, (x @ teacher).argmax(-1), LR / sizes[-1])
+    recipes = (*RECIPES, "fp8") if has_fp8(device) else RECIPES
+    ways = [full_precision(device), *(quantized(name, ALLOWED_EXACT if name == "exact" else ALLOWED) for name in recipes),
+            Way("torchao int8 mixed precision, torch.compile", _torchao, ALLOWED,
+                {**peer("torchao", device), "tag": "torchao"})]  # fmt: skip
+    return compare(suite, shape, network, ways)
+
+
+def full_precision(device: torch.device) -> Way:
+    """The baseline: the model as it is."""
+    return Way(f"torch {dtype_name(work_dtype(device))}", lambda model: model, ALLOWED_EXACT,
+               {**peer("torch", device), "tag": "full precision"})  # fmt: skip
+
+
+def quantized(name: str, allowed: float = ALLOWED) -> Way:
+    """All layers converted to a recipe."""
+    return Way(f"fqt {name}", functools.partial(_quantized, name=name), allowed, {"tag": name})
+
+
+def compare(suite: str, shape: str, network: Network, ways: Sequence[Way]) -> Case:
+    """A training step of the network, by each of the ways; ratios to the first."""
     full = functools.cache(lambda: losses(network.build, network))
 
-    def candidate(title: str, convert: Callable[[nn.Module], nn.Module], allowed: float, **fields: str) -> Candidate:
+    def candidate(way: Way) -> Candidate:
         def converted() -> nn.Module:
-            return convert(network.build())
+            return way.convert(network.build())
 
-        return Candidate(title, step(converted, network), _check(network, converted, full, allowed), **fields)
+        check = _check(network, converted, full, way.allowed)
+        return Candidate(way.title, step(converted, network), check, **way.fields)
 
-    plain = candidate(
-        f"torch {dtype_name(dtype)}", lambda m: m, ALLOWED_EXACT, **peer("torch", device), tag="full precision"
-    )
-    candidates = [plain]
-    for name in (*RECIPES, "fp8") if has_fp8(device) else RECIPES:
-        allowed = ALLOWED_EXACT if name == "exact" else ALLOWED
-        candidates.append(candidate(f"fqt {name}", functools.partial(_quantized, name=name), allowed, tag=name))
-    candidates.append(candidate("torchao int8 mixed precision, torch.compile", _torchao, ALLOWED,
-                                **peer("torchao", device), tag="torchao"))  # fmt: skip
-    return Case(suite, shape, "ms", plain.name, tuple(candidates), 1)
+    return Case(suite, shape, "ms", ways[0].title, tuple(map(candidate, ways)), 1)
 
 
 def _quantized(model: nn.Module, name: str) -> nn.Module:
@@ -112,13 +135,14 @@ def step(build: Callable[[], nn.Module], network: Network) -> Callable[[int], Te
     @functools.cache  # not before it runs: the trial run builds every case in several processes
     def made() -> tuple[nn.Module, torch.optim.Optimizer]:
         model = build().train()
-        return model, torch.optim.AdamW(model.parameters(), lr=LR / network.x.shape[-1], fused=True)
+        return model, torch.optim.AdamW(model.parameters(), lr=network.lr, fused=True)
 
     def run(i: int) -> Tensor:
         model, optimizer = made()
         optimizer.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(model(network.x).flatten(0, -2).float(), network.labels.flatten())
-        loss.backward()
+        with searching():
+            loss = F.cross_entropy(model(network.x).flatten(0, -2).float(), network.labels.flatten())
+            loss.backward()
         optimizer.step()
         return loss.detach()
 
