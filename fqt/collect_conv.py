@@ -20,7 +20,7 @@ def fakes() -> list[tuple[Any, str, Any]]:
         (conv_kernel, "conv", _conv), (conv_wgrad, "conv_wgrad", _conv_wgrad),
         (conv_quantize, "quantize_images", _quantize_images),
         (conv_quantize, "quantize_gradient_images", _quantize_gradient_images),
-        (conv, "offset_table", _offset_table), (conv_products, "border", _border),
+        (conv, "offset_table", _offset_table), (conv, "inside", _inside), (conv_products, "border", _border),
     ]  # fmt: skip
 
 
@@ -65,6 +65,11 @@ def _quantize_gradient_images(
 
 def _offset_table(b: Filters, geometry: Geometry, transposed: bool, dtype: torch.dtype) -> Tensor:
     return b.q.new_empty((1, len(b.q)), dtype=dtype)
+
+
+def _inside(geometry: Geometry, axis: int, transposed: bool = False, device: str = "cpu") -> Tensor:
+    outputs = geometry.size if transposed else geometry.out
+    return torch.zeros(outputs[axis], geometry.kernel[axis], dtype=torch.float64, device=device)
 
 
 def _border(geometry: Geometry, transposed: bool = False, device: str = "cpu") -> Border:

@@ -138,11 +138,19 @@ def border(geometry: Geometry, transposed: bool = False, device: str = "cpu") ->
 
 
 @functools.lru_cache(maxsize=256)
-def tap_masks(geometry: Geometry, transposed: bool = False, device: str = "cpu") -> Tensor:
-    """(outputs, taps) float64, 1 where the tap of an output pixel, or, transposed, of a pixel of X, lies inside."""
-    rows, cols = (geometry.inside(axis, transposed) for axis in (0, 1))
-    masks = rows[:, None, :, None] & cols[None, :, None, :]
-    return masks.reshape(-1, geometry.taps).to(device, torch.float64)
+def inside(geometry: Geometry, axis: int, transposed: bool = False, device: str = "cpu") -> Tensor:
+    """`Geometry.inside` in float64 on a device."""
+    return geometry.inside(axis, transposed).to(device, torch.float64)
+
+
+def sums_of_taps(each: Tensor, geometry: Geometry, transposed: bool = False) -> Tensor:
+    """(rows, taps) float64: what each (rows, outputs) comes to over the outputs whose tap lies inside; exact for integers.
+
+    transposed: outputs are the pixels of X that a tap looks at.
+    """
+    rows, cols = (inside(geometry, axis, transposed, str(each.device)) for axis in (0, 1))
+    images = each.double().unflatten(1, geometry.size if transposed else geometry.out)
+    return torch.einsum("iyx,yr,xs->irs", images, rows, cols).flatten(1)
 
 
 # ---- quantized operands
@@ -408,16 +416,16 @@ def wgrad_terms(
 
     From the codes in cols, whose padding is 0, over the output pixels where a tap lies inside; None without that offset.
     """
-    dtype, device = h.scale.dtype, str(h.scale.device)
+    dtype = h.scale.dtype
     table = row = None
     if h.offset is not None:
-        sums = x.cols.sum(2, dtype=torch.int32).double() @ tap_masks(geometry, True, device)
-        table = sums.to(dtype)
+        table = sums_of_taps(x.cols.sum(2, dtype=torch.int32), geometry, transposed=True).to(dtype)
         table = table if x_scale is None else table * x_scale
         if x.offset is not None:
-            table = table + x.offset * (tap_masks(geometry, False, device).sum(0) * n).to(dtype)
+            terms = sums_of_taps(x.scale.new_ones(1, geometry.out_pixels), geometry) * n
+            table = table + x.offset * terms.to(dtype)
     if x.offset is not None:
-        sums = h.cols.sum(2, dtype=torch.int32).double() @ tap_masks(geometry, False, device)
+        sums = sums_of_taps(h.cols.sum(2, dtype=torch.int32), geometry)
         row = x.offset * h.scale[:, None] * sums.to(dtype)
     return table, row
 

@@ -138,7 +138,7 @@ class _Convolution(QuantizedLayer):
         """Y (N, O, P, Q) of X (N, C, H, W)."""
         weight, training = _filters(self.weight), torch.is_grad_enabled()
         w = self._quantized_weight(transposed=training and x.requires_grad)
-        channels_last = conv_ops.is_channels_last(x) or conv_ops.is_channels_last(weight)
+        channels_last = len(self.kernel_size) == 2 and any(map(conv_ops.is_channels_last, (x, weight)))
         return conv_ops.conv2d(
             x, weight, self.bias, w, self._fqt_rng, self._fqt_spec, out_dtype, training and self.weight.requires_grad,
             conv_ops.flat(of), channels_last, self.fuse_grad_accumulation and not torch.compiler.is_compiling(),

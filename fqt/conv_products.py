@@ -130,7 +130,7 @@ def product(
     channels_last: bool = True,
 ) -> Tensor:
     """`fqt.conv.product`, (N, rows of b, height, width) in out_dtype, in channels_last or contiguous memory."""
-    g, (n, _, channels), rows = geometry, a.rows.shape, len(b.q)
+    g, n, channels, rows = geometry, len(a.rows), b.channels * geometry.groups, len(b.q)
     size = g.size if transposed else g.out
     pixels = size[0] * size[1]
     if n * rows * pixels == 0:
@@ -140,8 +140,9 @@ def product(
     if choice.backend == "reference":
         out = conv.product(a, b, geometry, bias, transposed=transposed)
         return _formatted(out.to(out_dtype).unflatten(2, size), channels_last)
-    aligned = channels == b.channels * g.groups or None in (a.offset, b.offset)  # padding would count as terms
-    if g.is_pointwise and aligned:
+    if g.is_pointwise:
+        if None not in (a.offset, b.offset):  # padding would count as terms
+            a, b = a._replace(rows=a.rows[..., : b.channels]), b._replace(q=b.q[..., : b.channels])
         return _matrix_product(a, b.q[:, 0], b, bias, out_dtype, size, channels_last)
     if not transposed and path(g, channels) == "im2col":
         return _im2col_product(a, b, g, bias, out_dtype, channels_last)
@@ -175,7 +176,7 @@ def _matrix_product(
     n, pixels, k = a.rows.shape
     per_pixel = lambda t: t if t is None or t.numel() == 1 else t.repeat_interleave(pixels)  # noqa: E731
     sums = None if a.sums is None else a.sums.flatten()
-    left = Operand(a.rows.view(n * pixels, k), per_pixel(a.scale), per_pixel(a.offset), sums)
+    left = Operand(a.rows.reshape(n * pixels, k), per_pixel(a.scale), per_pixel(a.offset), sums)
     right = Operand(q, b.scale, b.offset, None if b.sums is None else b.sums.sum(1, dtype=torch.int32))
     out = products.product(left, right, bias, out_dtype)
     return _formatted(out.view(n, *size, -1).permute(0, 3, 1, 2), channels_last)

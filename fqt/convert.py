@@ -263,6 +263,8 @@ def _convert(module: nn.Linear | _ConvNd, name: str, recipe: Recipe) -> None:
 
 
 def _skipped(module: nn.Linear | _ConvNd, name: str, reason: str) -> LayerReport:
+    if isinstance(module, QuantizedLayer):
+        reason += f"; it stays quantized by {module.recipe.name}"
     return LayerReport(name, type(module).__name__, _shape(module), "", "skipped", "", None, "", reason)
 
 

@@ -137,7 +137,8 @@ class QuantizedLayer(nn.Module):
         key = self._cache_key(w)
         cached = self._fqt_cache
         if cached is None or cached.key != key or (transposed and not cached.transposed):
-            cached = Cached(key, self._quantize(w.detach(), transposed), transposed)
+            with torch.inference_mode(False):  # whose tensors autograd could not save for a later step
+                cached = Cached(key, self._quantize(w.detach(), transposed), transposed)
             self._keep(cached)
         return cached.value
 
@@ -151,7 +152,10 @@ class QuantizedLayer(nn.Module):
         return w.data_ptr(), w._version, w.dtype, w.device, self._fqt_recipe, _steps if w.requires_grad else None
 
     def computed_weight(self) -> Tensor:
-        """The weight as products see it, its codes dequantized: of its shape, float32 (float64 for a float64 weight)."""
+        """The weight as products see it, its codes dequantized: of its shape, float32 (float64 for a float64 weight).
+
+        Of a layer that quantizes: the recipe is not "exact".
+        """
         raise NotImplementedError
 
     # ---- text
@@ -205,7 +209,12 @@ class QuantizedLayer(nn.Module):
 
 
 def _has_version(w: Tensor) -> bool:
-    """Whether (address, version) identifies the parameter's value, and a result may outlive this call."""
+    """Whether (address, version) identifies the weight's value, and a result may outlive this call.
+
+    Not of a weight that is computed, or passed in for a call: its address is another one's soon.
+    """
+    if not isinstance(w, nn.Parameter):
+        return False
     if w.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(w) or type(w.data) is not Tensor:
         return False
     return not (w.is_cuda and torch.cuda.is_current_stream_capturing())

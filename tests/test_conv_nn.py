@@ -477,3 +477,49 @@ def test_an_optimizer_of_fqt_leaves_the_codes_of_a_convolution_to_the_layer():
     other = layer()
     other.load_state_dict(module.state_dict())
     assert torch.equal(module(x), other(x))
+
+
+# ---- weights that are not there to stay
+
+
+@pytest.mark.parametrize("recipe", ["int8", "psq8"])
+def test_training_goes_on_after_inference_mode(recipe):
+    """The codes that evaluation left are saved for the backward pass of a layer whose input needs no gradient."""
+    for layer, x in (
+        (fqt.nn.Conv2d(3, 4, 3, recipe=recipe), torch.randn(2, 3, 5, 5)),
+        (fqt.nn.Linear(3, 4, recipe=recipe), torch.randn(2, 3)),
+    ):
+        with torch.inference_mode():
+            expected = layer(x)
+        y = layer(x)
+        y.sum().backward()
+        assert torch.equal(y, expected) and layer.weight.grad.any()
+
+
+def test_a_weight_passed_in_for_a_call_is_quantized_in_every_call():
+    """Its address is another one's as soon as it is gone, and the version of both is 0."""
+    layer, x = fqt.nn.Conv2d(2, 3, 3, recipe="psq8"), torch.ones(1, 2, 3, 3)
+    with torch.no_grad():
+        for i in range(1, 20):
+            w = torch.full((3, 2, 3, 3), float(i))
+            y = torch.func.functional_call(layer, {"weight": w, "bias": torch.zeros(3)}, (x,))
+            del w
+            torch.testing.assert_close(y.flatten(), torch.full((3,), 18.0 * i))
+
+
+def test_a_transposed_sequence_gives_contiguous_memory_as_torch_does():
+    x = torch.randn(2, 10, 4).transpose(1, 2)
+    assert nn.Conv1d(4, 6, 3)(x).is_contiguous() and fqt.nn.Conv1d(4, 6, 3)(x).is_contiguous()
+
+
+@pytest.mark.parametrize("recipe", ["int8", "psq8"])
+@pytest.mark.parametrize("channels", [16, 19])
+def test_a_1x1_convolution_is_a_product_of_matrices(recipe, channels, monkeypatch):
+    """As reports say, also where padded channels would count as terms of an offset."""
+    layer, x = fqt.nn.Conv2d(channels, 5, 1, recipe=recipe), torch.randn(2, channels, 3, 2, requires_grad=True)
+    expected = layer(x)
+    monkeypatch.setattr(conv_products, "_implicit_product", None)
+    with fqt.backend("triton"):
+        found = layer(x)
+        found.sum().backward()
+    assert torch.equal(found, expected)

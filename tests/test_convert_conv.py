@@ -152,6 +152,8 @@ def test_patterns_and_recipes_that_a_convolution_cannot_have():
         fqt.quantize_(model, {"0": "fp8", "2": "int8"})
     report = fqt.quantize_(model, {"0": "psq4"}, filter_fn=lambda m, n: isinstance(m, nn.Conv2d))
     assert {r.name: r.recipe for r in report.converted} == {"0": "psq4"} and report.fallbacks[0].reason == "CPU tensors"
+    left = fqt.quantize_(model, "fp8").layers[0]
+    assert left.status == "skipped" and left.reason.endswith("; it stays quantized by psq4")
     with pytest.raises(ValueError, match=r"0 .*e4m3"):
         model[0].recipe = "fp8"
     exact = fqt.quantize_(nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), "exact")

@@ -319,5 +319,7 @@ def _check(a: torch.Tensor, b: torch.Tensor, g, transposed: bool) -> None:
             f"conv: b must be contiguous (rows of {g.groups} groups, {taps}, {a.shape[2]} / {g.groups}), "
             f"got {tuple(b.shape)} of strides {b.stride()}"
         )
+    if b.shape[0] * math.prod(g.size if transposed else g.out) >= 2**31:
+        raise ValueError(f"conv: an image of {b.shape[0]} channels of the output's size has 2³¹ elements or more")
     if taps * b.shape[2] > MAX_INT32_TERMS:
         raise ValueError(f"conv: sums of {taps}·{b.shape[2]} products leave int32, which holds {MAX_INT32_TERMS}")

@@ -44,7 +44,7 @@ def in_units(x: torch.Tensor) -> tuple[int, tuple[int, ...]]:
     (n, c, p), (stride_n, stride_c, stride_p) = x.shape, x.stride()
     rows = (p, stride_n, stride_c)
     is_fit = has_pixels_last(x) and stride_p == 1 and not is_aligned(*rows) and all(size % 4 == 0 for size in rows)
-    unit = 4 if is_fit else 1
+    unit = 4 if is_fit and stride_n < 2**31 else 1  # the kernels multiply it in 32 bits
     return unit, (n, c, p // unit, stride_n // unit, stride_c // unit, stride_p)
 
 
