@@ -167,6 +167,8 @@ def _choices() -> list[dict[str, str]]:
     problems += [("quantize_gradient", (4096, 4096), bf16 | {"kind": "per_row per_column"})]
     problems += [("householder", (4096, 4096), bf16 | {"kind": groups}) for groups in ("global", "tile")]
     problems += [("scaled_mm", shape, {}) for shape in ((128, 128, 128), (4096, 4096, 4096), (576, 64, 200_704))]
+    problems += [("quantize_images", (50_176, 256), bf16), ("conv", (50_176, 256, 2304), {"kind": "9 taps"}),
+                 ("conv_wgrad", (256, 2304, 50_176), {})]  # fmt: skip
     choices = []
     for op, shape, more in problems:
         choice = dispatch.select(dispatch.problem(op, device, *shape, **more), tuning.table(device))

@@ -398,12 +398,15 @@ def _product_case() -> dict[str, tuple[Tensor, Tensor, Tensor]]:
 
 
 def layer_checks(device: torch.device, interpreter: bool = False) -> Iterator[Check]:
-    """The three products of a layer against their definitions in float64, from the reference's codes."""
+    """The three products of a linear layer against their definitions in float64, from the reference's codes; those of a
+    convolution against the reference backend's."""
     formats = formats_with_kernels(device)
     for name in ("int8", "ptq4", "psq4", "fp8"):
         if not interpreter and Recipe.parse(name).format not in formats:
             continue
         yield Check("fqt.nn.Linear", name, lambda n=name: _layer_case(n, device, "triton" if interpreter else "auto"))
+    if interpreter or "int" in formats:
+        yield from (Check(*check) for check in selftest_conv.layer_checks(device, "triton" if interpreter else "auto"))
 
 
 def _layer_case(name: str, device: torch.device, backend: str) -> dict[str, tuple[Tensor, Tensor, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 
@@ -235,3 +236,33 @@ def _wgrad_case(device: torch.device, geometry: conv.Geometry, n: int, config: t
         got = conv_wgrad(a.to(device), b.to(device), n, g, out=out, config=config, splits=2, **vectors)
         results[f"gradient {memory or 'alone'}"] = (got, before + want, 0.0)
     return results
+
+
+# ---- a whole layer, through its operators and whatever dispatch chooses for them
+
+
+def layer_checks(device: torch.device, backend: str) -> Iterator[tuple[str, str, Callable[[], Compared]]]:
+    """A convolution on the device by the backend, against the reference backend on the CPU, bit for bit."""
+    for name, channels, kernel in (("int8", 3, 3), ("int8", 16, 1), ("psq4", 16, 3)):
+        case = f"{name}, {channels} channels, {kernel}x{kernel}"
+        yield "fqt.nn.Conv2d", case, lambda a=(name, channels, kernel): _layer_case(*a, device, backend)
+
+
+def _layer_case(name: str, channels: int, kernel: int, device: torch.device, backend: str) -> Compared:
+    from . import nn
+
+    generator = torch.Generator().manual_seed(7)
+    layer = nn.Conv2d(channels, 20, kernel, padding=kernel // 2, recipe=name)
+    x = torch.randn(3, channels, 5, 4, generator=generator)
+    dy = torch.randn(3, 20, 5, 4, generator=generator)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator))
+    there = copy.deepcopy(layer).to(device)
+    outputs = []
+    for module, where, how in ((there, device, backend), (layer, torch.device("cpu"), "reference")):
+        leaf = x.to(where, memory_format=torch.channels_last).requires_grad_()
+        with dispatch.backend(how):
+            y = module(leaf)
+            y.backward(dy.to(where))
+        outputs.append((y.detach(), leaf.grad, module.weight.grad))
+    return {key: (got, want, 0) for key, got, want in zip(("y", "dx", "dw"), *outputs, strict=True)}

@@ -35,7 +35,7 @@ def test_json_holds_every_case(no_kernels, capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["ok"] and report["kernels"]["run"] == "not run"
     assert report["versions"]["torch"] == torch.__version__ and report["devices"][0]["device"] == "cpu"
-    assert {choice["op"] for choice in report["dispatch"]} >= {"quantize", "quantize_gradient", "scaled_mm"}
+    assert {choice["op"] for choice in report["dispatch"]} >= {"quantize", "quantize_gradient", "scaled_mm", "conv"}
     assert all(choice["source"] == "" for choice in report["dispatch"])  # there is nothing to choose on a CPU
     assert report["tuning"]["entries"] == 0 and isinstance(report["tuning"]["counts"], dict)
     assert all(check["ok"] and check["error"] is not None for check in report["checks"])
@@ -62,7 +62,8 @@ def test_the_report_says_what_is_tuned_and_where_it_is_kept(no_kernels, monkeypa
     assert sources == {
         "quantize4096x4096": "tuned", "quantize_gradient4096x4096": "heuristic", "scaled_mm128x128x128": "heuristic",
         "scaled_mm4096x4096x4096": "tuned", "scaled_mm576x64x200704": "heuristic",
-        "householder global4096x4096": "", "householder tile4096x4096": "",
+        "householder global4096x4096": "", "householder tile4096x4096": "", "quantize_images50176x256": "heuristic",
+        "conv50176x256x2304": "heuristic", "conv_wgrad256x2304x50176": "heuristic",
     }  # fmt: skip
     text = doctor.summary(report)
     assert f"2 entries for this device; store {tmp_path}, hit 1, stale: quantize 2" in text
