@@ -89,11 +89,11 @@ def _shape(layer: _ConvNd, sample: str, given: tuple[int, ...]) -> Shape:
 
 def _fprop_choice(layer: _ConvNd, sample: str, shape: Shape | None) -> Choice:
     """What dispatch would choose; of a convolution whose image size is not known only the backend means something."""
-    terms = layer.weight[0].numel()
+    if shape is not None and sample != "row":
+        return _product_choice("fprop", shape, layer.weight)[1]
     m, n = (128, 128) if shape is None else shape.products["fprop"][:2]
-    if sample == "row":
-        return _choice("scaled_mm", layer.weight.device, m, n, terms, dtype=layer.weight.dtype)
-    return _choice("conv", layer.weight.device, m, n, terms, dtype=layer.weight.dtype)
+    op = "scaled_mm" if sample == "row" else "conv"
+    return _choice(op, layer.weight.device, m, n, layer.weight[0].numel(), dtype=layer.weight.dtype)
 
 
 # ---- for a user
@@ -174,7 +174,7 @@ def _image_operators(recipe: Recipe, x: Tensor, s: Shape) -> Iterator[str]:
 
 
 def _product_choice(name: str, s: Shape, x: Tensor) -> tuple[str, Choice]:
-    """How a product of images is computed."""
+    """How a product of images is computed on the device of x, in its dtype."""
     (m, n, k), wgrad = s.products[name], name == "wgrad"
     if s.path == "1x1 GEMM" and not (wgrad and k > MAX_INT32_TERMS):
         return s.path, _choice("scaled_mm", x.device, m, n, k, dtype=x.dtype)

@@ -354,3 +354,25 @@ def test_explain_names_the_path_of_each_product(layer, fprop, dgrad, h100):
     assert ("im2col: torch, windows (32, 36)" in text) == (layer.sample == "row")
     predicted = "expected, forward and backward, on NVIDIA H100 80GB HBM3" in text
     assert predicted == (layer.recipe.dgrad is not None) and ("not predicted: products in float32" in text) != predicted
+
+
+@pytest.mark.parametrize(
+    ("layer", "asked"),
+    [
+        (nn.Conv2d(16, 8, 1), ("scaled_mm", 2 * 64, 8, 16, "")),
+        (nn.Conv2d(3, 8, 3, padding=1), ("scaled_mm", 2 * 64, 8, 32, "")),
+        (nn.Conv2d(32, 64, 3, padding=1, groups=2), ("conv", 2 * 64, 32, 144, "2 groups 9 taps")),
+    ],
+)
+def test_the_reason_in_the_report_is_that_of_the_path_that_runs(layer, asked, monkeypatch):
+    """A 1x1 layer's is that of a matrix product, with all that decides its tiles."""
+    seen = []
+    choose = expectation._choice
+
+    def spy(op, device, *sizes, **more):
+        seen.append((op, *sizes, more.get("kind", "")))
+        return choose(op, device, *sizes, **more)
+
+    monkeypatch.setattr(expectation, "_choice", spy)
+    fqt.quantize_(layer, "int8", example_input=torch.zeros(2, layer.in_channels, 8, 8))
+    assert seen[0] == asked
