@@ -261,3 +261,8 @@ def tile_offsets(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexp
 def is_wide(*spans: int) -> bool:
     """Whether a tile that spans so many elements of memory needs int64 offsets. Runs on the host."""
     return max(map(abs, spans)) >= 2**31
+
+
+def wraps(extent: int, step: int) -> bool:
+    """Whether a kernel's loop to the extent leaves int32 in its last step: larger extents are int64. Runs on the host."""
+    return extent < 2**31 <= extent + step

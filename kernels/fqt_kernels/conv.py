@@ -321,5 +321,7 @@ def _check(a: torch.Tensor, b: torch.Tensor, g, transposed: bool) -> None:
         )
     if b.shape[0] * math.prod(g.size if transposed else g.out) >= 2**31:
         raise ValueError(f"conv: an image of {b.shape[0]} channels of the output's size has 2³¹ elements or more")
+    if g.groups > 65_535:
+        raise ValueError(f"conv: {g.groups} groups are more than the 65 535 programs of a grid's second axis")
     if taps * b.shape[2] > MAX_INT32_TERMS:
         raise ValueError(f"conv: sums of {taps}·{b.shape[2]} products leave int32, which holds {MAX_INT32_TERMS}")

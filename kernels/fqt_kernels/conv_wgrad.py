@@ -204,7 +204,8 @@ def conv_wgrad(
     splits: how many programs share a sum, at least as many as int32 needs (`least_splits`). It changes no bit.
 
     Raises:
-        TypeError: codes or out of a wrong dtype.   ValueError: an argument that does not fit the others.
+        TypeError: codes or out of a wrong dtype.   ValueError: an argument that does not fit the others, or extents that a
+            launch cannot have.
     """
     _check(a, b, n, geometry, (a_scale, b_scale, a_offset, table, row_term), splits)
     a, b = _padded(a), _padded(b)
@@ -217,6 +218,13 @@ def conv_wgrad(
     share = triton.cdiv(blocks, max(splits, least_splits(terms, block_k)))
     splits = triton.cdiv(blocks, share)  # so that none is left without a block
     stride_part = triton.cdiv(columns, 16) * 16
+    if max(splits, triton.cdiv(columns, _SUM_COLUMNS)) > 65_535:
+        raise ValueError(
+            f"conv_wgrad: a filter of {columns} weights whose gradients are sums that {splits} programs share: a grid's "
+            f"second axis holds 65 535 programs, {65_535 * _SUM_COLUMNS} weights"
+        )
+    if is_wide(min(block_m, o // g.groups) * stride_part):
+        raise ValueError(f"conv_wgrad: a tile of {block_m} filters of {columns} weights have 2³¹ weights or more")
     parts = torch.empty(splits, o, stride_part, dtype=torch.int32, device=a.device)
     if out is None:
         dw = torch.empty(o, channels, *g.kernel, dtype=out_dtype, device=a.device)

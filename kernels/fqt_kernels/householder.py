@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._device import from_ordered, magnitude, quantization_params, random_words, round_codes, scaled
+from ._device import from_ordered, magnitude, quantization_params, random_words, round_codes, scaled, wraps
 from .grouping import Groups, group_absmax
 from .householder_sums import (
     all_registers,
@@ -330,6 +330,8 @@ def transform(
         q (M, N); scale and offset (None where symmetric) (M, 1) float32; row_sum (M,) int32 or None.
     """
     (m, n), dev = x.shape, x.device
+    if wraps(n, LONG_ROWS[1]):
+        raise ValueError(f"transform: rows of {n} elements are more than a kernel steps along in int32")
     x = x if n == 1 or x.stride(1) == 1 else x.contiguous()
     aligned = n % 16 == 0 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0
     long = n > ROWS_MAX or not aligned

@@ -4,15 +4,15 @@ to new codes, row-major and transposed, with no float copy of it in memory. The 
 A program walks over blocks of rows. The new scale of a row depends on all of its new values, so each block is read twice:
 for its largest magnitudes, and (from the L2) for its codes. Before that a small kernel advances what is one for the whole
 weight, and where the target needs the range of the weights, another finds it in the codes.
-"""
 
-import functools
+Nothing is kept here between steps: all state is the caller's, so that a CUDA graph can hold a step.
+"""
 
 import torch
 import triton
 import triton.language as tl
 
-from ._device import is_wide, magnitude, random_words, round_codes, tile_offsets
+from ._device import is_wide, magnitude, random_words, round_codes, tile_offsets, wraps
 from .householder_sums import all_registers
 from .position import TARGETS, absmax, advanced_range, advanced_threshold, position_scale
 from .psgd_device import rounded
@@ -280,13 +280,15 @@ def int8_step(
     Where found_inf is not 0, nothing is done. grad_scale: g is divided by it. Both are float32 with one element.
 
     Raises:
-        ValueError: a tensor that is not contiguous.
+        ValueError: a tensor that is not contiguous; 2³¹ - 1024 to 2³¹ - 1 rows or columns.
     """
     tensors = dict(q=q, qt=qt, scale=scale, rng=rng, first=first, second=second, powers=powers, range=range, s=s)
     for name, t in tensors.items():
         if t is not None and not t.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got shape {tuple(t.shape)} with strides {t.stride()}")
     (n, k), kind = q.shape, TARGETS[hyper.target]
+    if wraps(n, 1024) or wraps(k, max(TILE[1], RANGE_TILE[1])):
+        raise ValueError(f"a weight of {n} rows of {k} elements: the kernel steps along both in int32")
     extremes = small = None
     if range is not None:
         extremes = torch.empty((n, 2), dtype=torch.float32, device=q.device)
@@ -325,9 +327,9 @@ def _numbers(hyper: Hyper, adamw: bool) -> tuple[float, ...]:
     return tuple(float(number) for number in (*moments, *more))  # an integer 1 would be a constant of the kernel
 
 
-@functools.lru_cache(maxsize=64)
 def _betas(betas: tuple[float, float], device: torch.device) -> torch.Tensor:
-    return torch.tensor(betas, dtype=torch.float64, device=device)
+    """(2,) float64, by one launch and not kept: a capture may copy nothing from the host, and its tensors are its own."""
+    return torch.view_as_real(torch.full((), complex(*betas), dtype=torch.complex128, device=device))
 
 
 def _programs(q: torch.Tensor, g: torch.Tensor, block_m: int, moments: int) -> int:

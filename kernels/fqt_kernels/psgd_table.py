@@ -19,6 +19,7 @@ BLOCK_M, BLOCK_N, PIECE = 16, 128, 16384
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_COLUMNS = 2**26  # of a matrix: offsets within 16 rows are int32
 MAX_ROWS = 2**24  # that codes are written of: offsets within BLOCK_N rows of the transposed ones are int32
+SPARE = 16  # an item of 16 rows and 16384 columns is 16 pieces
 MAX_COUNTED = 2**31 - 1  # elements of a tensor whose small ones are counted, in int32
 
 
@@ -255,12 +256,13 @@ class Mirror:
         return self._table
 
     def _pinned(self, host: Tensor, capturing: bool) -> Tensor:
-        """A copy in pinned memory; a capture may not allocate any, so that some is put by before."""
-        if capturing and self._spare is not None and self._spare.shape == host.shape:
-            pinned, self._spare = self._spare.copy_(host), None
-            return pinned
-        if not capturing and (self._spare is None or self._spare.shape != host.shape):
-            self._spare = torch.empty(host.shape, dtype=host.dtype, pin_memory=True)
+        """A copy in pinned memory. Not every torch lets a capture allocate any, so that some is put by before: SPARE times
+        as much as the table has now, since in a capture no codes are written, and items of other extents are more."""
+        if capturing and self._spare is not None and self._spare.nbytes >= host.nbytes:
+            spare, self._spare = self._spare, None
+            return spare[: host.nbytes].view(host.dtype).view(host.shape).copy_(host)
+        if not capturing and (self._spare is None or self._spare.nbytes < SPARE * host.nbytes):
+            self._spare = torch.empty(SPARE * host.nbytes, dtype=torch.uint8, pin_memory=True)
         return host.pin_memory()
 
 

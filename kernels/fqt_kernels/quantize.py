@@ -269,6 +269,8 @@ def quantize(
                 f"{tuple(x.shape)} {granularity}{', transposed' * cols}{', with stats' * (stats is not None)}"
             )
         block_m, block_n = block
+        if kernel == "long_rows" and is_wide(n + block_n):
+            raise ValueError(f"kernel {kernel!r} steps along a row in int32, got rows of {n} elements")
         if kernel == "rows":
             warps, grid, launch = 8 if block_m * block_n > 4096 else 4, triton.cdiv(m, block_m), _rows_kernel
         else:
@@ -284,7 +286,7 @@ def choose_kernel(x: torch.Tensor, granularity: str, transposed: bool, has_stats
     """The kernel for x (M, N): "rows", "long_rows" or "tile"."""
     (m, n), (xm, xn) = x.shape, x.stride()
     # Of a transposed view whole rows are no pieces of memory; _long_rows_kernel steps along a row in int32.
-    if granularity != "per_row" or has_stats or xn > xm or is_wide(n * xn):
+    if granularity != "per_row" or has_stats or xn > xm or is_wide(n * xn, n + LONG_ROWS[1]):
         return "tile"
     aligned = n % 16 == 0 and xm % 16 == 0 and (m % 16 == 0 or not transposed)
     return "rows" if rows_block(m, n, transposed) and (aligned or not transposed) else "long_rows"
