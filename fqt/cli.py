@@ -84,6 +84,14 @@ def _parser() -> argparse.ArgumentParser:
         "print versions and devices; check every kernel on this device against the reference; say which backend is used"
     )
     doctor = commands.add_parser("doctor", help=text, description=text.capitalize() + ".", formatter_class=Defaults)
+    options = {
+        "only": ("PATTERN", str, "only checks whose 'KERNEL: case', or KERNEL alone, is like this; * and ? as in files"),
+        "repeat": ("N", positive, "launch every kernel N more times on the same memory and compare every byte; what kernels "
+                   "write lies between guard bands"),
+        "out": ("FILE", str, "write the report as JSON, with the environment, beside what is printed"),
+    }  # fmt: skip
+    for name, (metavar, kind, text) in options.items():
+        doctor.add_argument(f"--{name}", metavar=metavar, type=kind, default=argparse.SUPPRESS, help=text)
     doctor.add_argument("--json", action="store_true", help="print the report as JSON instead of text")
     doctor.set_defaults(command=_doctor)
 
@@ -124,6 +132,10 @@ def _demo(args: argparse.Namespace) -> int:
 def _doctor(args: argparse.Namespace) -> int:
     from . import doctor
 
-    report = doctor.run()
-    print(json.dumps(report, indent=1, allow_nan=False) if args.json else doctor.summary(report))
+    given = vars(args)
+    out = doctor.writable(given["out"]) if "out" in given else None
+    report = doctor.run(**{name: given[name] for name in ("repeat", "only") if name in given})
+    print(json.dumps(report, indent=1, allow_nan=False) if args.json else doctor.summary(report), flush=True)
+    if out is not None:
+        doctor.write(out, report)
     return 0 if report["ok"] else 1

@@ -3,33 +3,51 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
 import sys
 import warnings
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import __version__, dispatch, store, tuning
-from .cli import table
+from . import __version__, dispatch, guarded, replay, safefile, store, tuning
+from .cli import UsageError, table
 from .selftest import Check, formats_with_kernels, kernel_checks, layer_checks, reference_checks
 
 
-def run() -> dict[str, Any]:
-    """Gather the report: plain values, ready for JSON; "ok" is false where a check failed."""
+def run(repeat: int = 0, only: str | None = None) -> dict[str, Any]:
+    """Gather the report: plain values, ready for JSON; "ok" is false where a check failed.
+
+    repeat: launch every kernel of the checks so often again, and compare every byte (`fqt.replay`), in memory between guard
+    bands. only: run the checks whose "KERNEL: case", or KERNEL alone, matches; * and ? as in files.
+
+    Raises:
+        UsageError: no check matches; no kernel is launched that could be repeated.
+    """
     how, device, reason = _kernels_run()
+    if repeat and how == "not run":
+        raise UsageError(f"--repeat {repeat}: there are no launches to repeat: {reason}")
     checks = [*reference_checks()]
     if how != "not run":
         checks += [*kernel_checks(device, how == "interpreter")]
     checks += [*layer_checks(device, how == "interpreter")]
+    if only is not None:
+        checks = _matching(checks, only, f"; {reason}" if how == "not run" else "")
     results = []
     for done, check in enumerate(checks, 1):
         _progress(f"{done}/{len(checks)} {check.kernel}: {check.case}")
-        results.append(_verdict(check))
+        results.append(_repeated(check, repeat) if repeat else _verdict(check))
     _progress("")
+    ok = all(result["ok"] for result in results)
+    if repeat and ok and not any(result["launches"] for result in results):
+        raise UsageError(f"--repeat {repeat}: none of the {len(checks)} checks launches a kernel")
     return {
         "versions": _versions(),
         "devices": _devices(),
@@ -37,10 +55,52 @@ def run() -> dict[str, Any]:
         "triton_cache": _triton_cache(),
         "tuning": _tuned(),
         "kernels": {"run": how, "device": str(device), "reason": reason},
+        "repeat": repeat,
+        "only": only,
         "checks": results,
         "dispatch": _choices(),
-        "ok": all(result["ok"] for result in results),
+        "ok": ok,
     }
+
+
+def _matching(checks: Sequence[Check], only: str, why: str) -> list[Check]:
+    found = [c for c in checks if fnmatchcase(f"{c.kernel}: {c.case}", only) or fnmatchcase(c.kernel, only)]
+    if not found:
+        known = ", ".join(dict.fromkeys(check.kernel for check in checks))
+        raise UsageError(f"--only {only}: no check 'KERNEL: case' is like this; there are checks of {known}{why}")
+    return found
+
+
+def writable(file: str) -> Path:
+    """The file that a report will go to, in a folder that is there. Raises UsageError."""
+    path = Path(file)
+    try:
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UsageError(f"--out {file}: its folder cannot be made: {e.strerror or e}") from None
+    if path.is_dir():
+        raise UsageError(f"--out {file}: is a folder; name a file in it")
+    return path
+
+
+def write(path: Path, report: dict[str, Any]) -> None:
+    """Write the report as JSON, with what it was run on as `fqt bench` records it. Raises UsageError.
+
+    "environment" is None where fqt_bench is not installed.
+    """
+    try:
+        from fqt_bench.environment import environment
+    except ModuleNotFoundError as e:
+        if e.name not in ("fqt_bench", "fqt_bench.environment"):
+            raise
+        record = None
+    else:
+        record = environment(torch.device(report["kernels"]["device"]))
+    text = json.dumps({"environment": record, **report}, indent=1, ensure_ascii=False, allow_nan=False)
+    try:
+        safefile.replace(path, text + "\n")
+    except OSError as e:
+        raise UsageError(f"--out {path}: cannot be written: {e.strerror or e}") from None
 
 
 def summary(report: dict[str, Any]) -> str:
@@ -54,26 +114,66 @@ def summary(report: dict[str, Any]) -> str:
     facts.append(("Triton cache", report["triton_cache"] or none))
     found = report["tuning"]
     met = "".join(f", {what} {n}" for what, n in sorted(found["counts"].items()))
-    facts.append(("tuned tables", f"{found['entries']} entries for this device; store {found['store']}{met}"))
+    entries = f"{found['entries']} entries for this device"
+    if not found["entries"] and len(report["devices"]) > 1:
+        entries += " (fqt tune measures them; until then dispatch goes by a heuristic)"
+    facts.append(("tuned tables", f"{entries}; store {found['store']}{met}"))
     facts.append(("kernels", report["kernels"]["reason"]))
-    rows, failures = [], []
-    for kernel in dict.fromkeys(result["kernel"] for result in report["checks"]):
-        results = [result for result in report["checks"] if result["kernel"] == kernel]
-        failed = [result for result in results if not result["ok"]]
-        equal = all(result["error"] == 0 for result in results)
-        verdict = f"{len(failed)} FAILED" if failed else "bit-equal" if equal else "within the bound"
-        rows.append((kernel, str(len(results)), verdict, _largest([r["error"] for r in results]),
-                     "" if equal else _largest([r["of_bound"] for r in results])))  # fmt: skip
-        failures += [f"FAILED {kernel}: {result['case']}: {result['message']}" for result in failed]
     columns = "op", "shape", "backend", "source", "reason"
     choices = [tuple(choice[column] for column in columns) for choice in report["dispatch"]]
+    failures = [f"FAILED {r['kernel']}: {r['case']}: {r['message']}" for r in report["checks"] if not r["ok"]]
     sections = [
         "\n".join(f"{name:<14}{value}" for name, value in facts),
-        table(("check", "cases", "verdict", "largest error", "of its bound"), rows, right=(1,)),
-        table(("operator", "shape", "backend", "source", "because"), choices),
+        _checks_table(report),
+        "What dispatch chooses for tensors of the device:\n\n"
+        + table(("operator", "shape", "backend", "source", "because"), choices),
     ]
     sections += ["\n".join(failures)] if failures else []
-    return "\n\n".join([*sections, "all checks passed" if report["ok"] else f"{len(failures)} checks failed"])
+    return "\n\n".join([*sections, _conclusion(report, len(failures))])
+
+
+def _checks_table(report: dict[str, Any]) -> str:
+    """A row for each kernel; what the columns of errors mean is said below, where there is an error."""
+    repeat, rows = report["repeat"], []
+    for kernel in dict.fromkeys(result["kernel"] for result in report["checks"]):
+        results = [result for result in report["checks"] if result["kernel"] == kernel]
+        failed = sum(not result["ok"] for result in results)
+        equal = all(result["error"] == 0 for result in results)
+        verdict = f"{failed} FAILED" if failed else "bit-equal" if equal else "within the bound"
+        row = [kernel, str(len(results)), verdict, _largest([r["error"] for r in results]),
+               "" if equal else _largest([r["of_bound"] for r in results])]  # fmt: skip
+        if repeat:
+            counts = {name: sum(result[name] for result in results) for name in ("repeated", "different", "skipped")}
+            skipped = f", {counts['skipped']} not repeated" if counts["skipped"] else ""
+            verdict = f"{counts['different']} DIFFER" if counts["different"] else "all bit-equal"
+            row += [str(counts["repeated"] or ""), f"{verdict if counts['repeated'] else ''}{skipped}".lstrip(", ")]
+        rows.append(row)
+    header = ["check", "cases", "verdict", "largest error", "of its bound"]
+    text = table([*header, "launches", f"repeated {repeat}x"] if repeat else header, rows, right=(1, 5))
+    if any(row[4] for row in rows):
+        text += "\n\nlargest error: of any output of any case; of its bound: the largest fraction, 1 being just allowed"
+    return text
+
+
+def _conclusion(report: dict[str, Any], failures: int) -> str:
+    checks, repeat, lines = _count(len(report["checks"]), "check"), report["repeat"], []
+    if repeat:
+        names = "repeated", "different", "skipped"
+        repeated, different, skipped = (sum(r[name] for r in report["checks"]) for name in names)
+        verdict = f"{different} DIFFER" if different else "all bit-equal" if repeated else "none"
+        lines.append(f"{_count(repeated, 'launch', 'es')} repeated {_count(repeat, 'time')}, {verdict}")
+        if skipped:
+            why = "; ".join(dict.fromkeys(reason for r in report["checks"] for reason in r["why_skipped"]))
+            lines.append(f"{_count(skipped, 'launch', 'es')} not repeated: {why}")
+    passed = f"{'' if len(report['checks']) == 1 else 'all '}{checks} passed"
+    lines.append(f"{failures} of {checks} FAILED" if failures else passed)
+    if report["kernels"]["run"] == "not run":
+        lines[-1] += "; no kernel was launched, so that this says nothing about kernels"
+    return "\n".join(lines)
+
+
+def _count(n: int, what: str, plural: str = "s") -> str:
+    return f"{n} {what}{'' if n == 1 else plural}"
 
 
 def _largest(values: list[float | None]) -> str:
@@ -193,8 +293,7 @@ def _verdict(check: Check) -> dict[str, Any]:
             warnings.simplefilter("ignore", RuntimeWarning)  # of the interpreter's numpy, about NaNs that are meant
             compared = [(name, *_compare(*triple)) for name, triple in check.run().items()]
     except Exception as e:  # a kernel that does not compile or launch is a verdict, not a crash of the doctor
-        text = " ".join(str(e).split())[:300]
-        return result | {"ok": False, "error": None, "message": f"{type(e).__name__}: {text}"}
+        return result | {"ok": False, "error": None, "message": _words(e)}
     result["message"] = "; ".join(f"{name} {text}" for name, *_, text in compared if text) or "bit-equal"
     for _, ok, error, of_bound, _ in compared:
         result["ok"] &= ok
@@ -202,6 +301,31 @@ def _verdict(check: Check) -> dict[str, Any]:
         if of_bound is not None:
             result["of_bound"] = max(result["of_bound"] or 0.0, of_bound)
     return result
+
+
+def _repeated(check: Check, repeat: int) -> dict[str, Any]:
+    """`_verdict` of a check whose launches are repeated, in memory between guard bands: how many "launches" it made, were
+    "repeated", were "different" and were "skipped"; each of the last two, an overwritten band, or that the kernel was not
+    among those launched, is in words in "faults" or "why_skipped". A fault fails the check.
+    """
+    with guarded.guarded(guarded.launchers()) as memory, replay.recording(repeat) as seen:
+        result = _verdict(check)
+    faults = list(seen.faults)
+    if result["error"] is not None and check.kernel.startswith("_") and check.kernel not in seen.kernels:
+        faults.append(f"it was not launched, but {', '.join(seen.kernels) or 'nothing'}")
+    try:
+        faults += [f"written outside, {where}" for where in memory.broken()]
+    except RuntimeError as e:  # of a GPU that an earlier launch has left unusable
+        faults.append(f"the guard bands cannot be read: {_words(e)}")
+    result |= {"launches": seen.launches, "repeated": seen.repeated, "different": len(seen.faults),
+               "skipped": seen.skipped.total(), "why_skipped": sorted(seen.skipped), "faults": faults}  # fmt: skip
+    if faults:
+        result |= {"ok": False, "message": "; ".join([result["message"], *faults])}
+    return result
+
+
+def _words(e: Exception) -> str:
+    return f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
 
 
 def _compare(got: Tensor, want: Tensor, bound: Tensor | float) -> tuple[bool, float, float | None, str]:

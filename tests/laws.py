@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fqt import reference
+from fqt.guarded import GuardedTorch as GuardedTorch
 
 EPS = 2.0**-24  # half an ulp of 1 in float32: the relative error of one rounding
 DITHER = 2.0**-17  # bins: stochastic rounding draws 16 bits, so its mean is off by up to half of 2**-16
@@ -153,52 +154,3 @@ def poisoned_tail(x: Tensor) -> Tensor:
 
 def _poison(dtype: torch.dtype) -> float | int:
     return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max - 6
-
-
-class GuardedTorch:
-    """torch for a module of launchers, in place of its global `torch`: every tensor it makes lies between guard bands.
-
-    Fresh memory of `empty` holds poison, so that an element no kernel writes shows. `check` asserts that no guard was
-    written over; `made` counts the tensors.
-    """
-
-    GUARD = 4096  # elements on either side; a multiple of 16 bytes, so that alignment is as without guards
-
-    def __init__(self, poison: int = 0x5A):
-        self._poison = poison
-        self._frames: list[tuple[Tensor, int]] = []
-
-    def __getattr__(self, name: str):
-        return getattr(torch, name)
-
-    @property
-    def made(self) -> int:
-        return len(self._frames)
-
-    def _make(self, shape, dtype: torch.dtype, device) -> Tensor:
-        count = math.prod(shape)
-        frame = torch.empty(count + 2 * self.GUARD, dtype=dtype, device=device)
-        frame.view(torch.uint8).fill_(self._poison)  # of float32 a number near 1e16
-        self._frames.append((frame, count))
-        return frame[self.GUARD : self.GUARD + count].view(shape)
-
-    def empty(self, *shape, dtype=torch.float32, device="cpu") -> Tensor:
-        return self._make(_flat(shape), dtype, device)
-
-    def empty_like(self, x: Tensor) -> Tensor:
-        return self._make(x.shape, x.dtype, x.device)
-
-    def zeros(self, *shape, dtype=torch.float32, device="cpu") -> Tensor:
-        return self._make(_flat(shape), dtype, device).zero_()
-
-    def full(self, shape, value, dtype=torch.float32, device="cpu") -> Tensor:
-        return self._make(shape, dtype, device).fill_(value)
-
-    def check(self) -> None:
-        for frame, count in self._frames:
-            for guard in (frame[: self.GUARD], frame[self.GUARD + count :]):
-                assert (guard.view(torch.uint8) == self._poison).all(), f"written outside of {count} {frame.dtype}"
-
-
-def _flat(shape) -> tuple[int, ...]:
-    return tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else tuple(shape)
