@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
+from .capture import Constants
 from .recipe import Quantizer
 
 ALIGNMENT = 16  # codes: loads narrower than 16 bytes cost far more than zeros that pad a row to them
@@ -96,18 +97,18 @@ class Geometry(NamedTuple):
             self.groups == 1
         )  # fmt: skip
 
-    def inside(self, axis: int, transposed: bool = False) -> Tensor:
+    def inside(self, axis: int, transposed: bool = False, device: str | None = None) -> Tensor:
         """(outputs, kernel) bool: whether the tap of an output lies inside of the image, vertically (0) or horizontally (1).
 
         transposed: of dgrad, whose outputs are the pixels of X and whose image is dY.
         """
         k, s, before, d = (pair[axis] for pair in (self.kernel, self.stride, self.padding, self.dilation))
         size, out = self.size[axis], self.out[axis]
-        taps = torch.arange(k) * d
+        taps = torch.arange(k, device=device) * d
         if not transposed:
-            at = torch.arange(out)[:, None] * s + taps - before
+            at = torch.arange(out, device=device)[:, None] * s + taps - before
             return (at >= 0) & (at < size)
-        at = torch.arange(size)[:, None] + before - taps
+        at = torch.arange(size, device=device)[:, None] + before - taps
         return (at % s == 0) & (at >= 0) & (at < out * s)
 
 
@@ -125,22 +126,45 @@ class Border(NamedTuple):
         return self.masks @ each.double().t()
 
 
-@functools.lru_cache(maxsize=256)
 def border(geometry: Geometry, transposed: bool = False, device: str = "cpu") -> Border:
     """The border of fprop, or, transposed, of dgrad."""
-    (rows, at_y), (cols, at_x) = (
-        torch.unique(geometry.inside(axis, transposed), dim=0, return_inverse=True) for axis in (0, 1)
-    )
+    return _borders(geometry, transposed, device)
+
+
+def inside(geometry: Geometry, axis: int, transposed: bool = False, device: str = "cpu") -> Tensor:
+    """`Geometry.inside` in float64 on a device."""
+    return _insides(geometry, axis, transposed, device)
+
+
+def _make_border(geometry: Geometry, transposed: bool, device: str) -> Border:
+    (rows, at_y), (cols, at_x) = (_kinds(geometry, axis, transposed, device) for axis in (0, 1))
     masks = rows[:, None, :, None] & cols[None, :, None, :]
     classes = at_y[:, None] * len(cols) + at_x
     masks = masks.reshape(len(rows) * len(cols), geometry.taps)
-    return Border(classes.flatten().to(device, torch.int32), masks.to(device, torch.float64))
+    return Border(classes.flatten().to(torch.int32), masks.to(torch.float64))
 
 
-@functools.lru_cache(maxsize=256)
-def inside(geometry: Geometry, axis: int, transposed: bool = False, device: str = "cpu") -> Tensor:
-    """`Geometry.inside` in float64 on a device."""
-    return geometry.inside(axis, transposed).to(device, torch.float64)
+def _kinds(geometry: Geometry, axis: int, transposed: bool, device: str) -> tuple[Tensor, Tensor]:
+    """The distinct rows of `Geometry.inside`, (kinds, kernel) bool, and which of them each output has, (outputs,) int64.
+
+    Which outputs are the first of their kind is found on the host; nothing is copied from there.
+    """
+    with torch.device("cpu"):
+        _, kind = torch.unique(geometry.inside(axis, transposed), dim=0, return_inverse=True)
+    numbers = kind.tolist()
+    each = geometry.inside(axis, transposed, device)
+    kinds = [each[numbers.index(number)] for number in range(max(numbers) + 1)]
+    at = torch.zeros(len(numbers), dtype=torch.int64, device=device)
+    for number, row in enumerate(kinds):
+        at.masked_fill_((each == row).all(1), number)
+    return torch.stack(kinds), at
+
+
+def _make_inside(geometry: Geometry, axis: int, transposed: bool, device: str) -> Tensor:
+    return geometry.inside(axis, transposed, device).to(torch.float64)
+
+
+_borders, _insides = Constants(_make_border), Constants(_make_inside)
 
 
 def sums_of_taps(each: Tensor, geometry: Geometry, transposed: bool = False) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from . import rng
+from . import capture, rng
 from .dispatch import Choice
 from .recipe import Recipe
 
@@ -19,9 +19,20 @@ _steps = 0  # of all optimizers of the process that may write weights without ad
 
 
 def _count_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    """torch's fused optimizers, and kernels of other libraries, write weights without advancing autograd's version."""
+    """torch's fused optimizers, and kernels of other libraries, write weights without advancing autograd's version.
+
+    So does every replay of a step that is captured in a CUDA graph: codes of such weights are kept no more.
+    """
     global _steps
     _steps += not getattr(optimizer, "advances_versions", False)
+    if capture.is_capturing():
+        for group in optimizer.param_groups:
+            for w in group["params"]:
+                _replays_write(w)
+
+
+def _replays_write(w: Tensor) -> None:
+    w._fqt_in_graph = True  # on the parameter itself: an id would be another's soon, and a weak reference stops torch
 
 
 register_optimizer_step_post_hook(_count_step)
@@ -134,6 +145,13 @@ class QuantizedLayer(nn.Module):
         w = self.weight
         if torch.compiler.is_compiling() or not _has_version(w):
             return self._quantize(w.detach(), transposed)
+        if capture.is_capturing(w.device):
+            if w.requires_grad and torch.is_grad_enabled():  # a training step, by which replays may write it
+                _replays_write(w)
+            return self._quantize(w.detach(), transposed)
+        if hasattr(w, "_fqt_in_graph"):
+            self._fqt_cache = None
+            return self._quantize(w.detach(), transposed)
         key = self._cache_key(w)
         cached = self._fqt_cache
         if cached is None or cached.key != key or (transposed and not cached.transposed):
@@ -215,16 +233,15 @@ def _has_version(w: Tensor) -> bool:
     """
     if not isinstance(w, nn.Parameter):
         return False
-    if w.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(w) or type(w.data) is not Tensor:
-        return False
-    return not (w.is_cuda and torch.cuda.is_current_stream_capturing())
+    return not (w.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(w) or type(w.data) is not Tensor)
 
 
 def invalidate_(model: nn.Module) -> nn.Module:
     """Forget the quantized weights of a model's layers, after a write that autograd did not see; returns the model.
 
     `param.data.copy_(…)`, `param.data.add_(…)` and the like do not advance the version counter, so the layer would go on
-    with the codes of the old value. Optimizers, `load_state_dict` and in-place writes under `torch.no_grad()` need no call.
+    with the codes of the old value. Optimizers, `load_state_dict` and in-place writes under `torch.no_grad()` need no call;
+    nor do replays of a CUDA graph that holds a layer's training pass or an optimizer's step.
     """
     for module in model.modules():
         if isinstance(module, QuantizedLayer):

@@ -37,7 +37,8 @@ class Linear(QuantizedLayer, nn.Linear):
     The weight is quantized once for each version of the parameter (its address and autograd's version counter), and again
     after a step of any optimizer where it requires a gradient. (The kernel of `fqt.optim` writes the new codes of
     symmetric per-row recipes itself, in place, so that a graph kept from before refuses another backward pass.) Other
-    writes that autograd does not see, through `.data` or by a foreign library, need `fqt.invalidate_`. Between forward and
+    writes that autograd does not see, through `.data` or by a foreign library, need `fqt.invalidate_`. In the capture of a
+    CUDA graph it is quantized in each pass, and where the graph trains it, in each pass outside as well. Between forward and
     backward the input is kept as int8 codes, transposed; in evaluation, or where nothing needs a gradient, nothing is kept.
 
     Args:
@@ -160,7 +161,11 @@ class Emission(NamedTuple):
 
 def _hold(w: Tensor, layer: Linear) -> None:
     """Let `emission` find a layer by its weight."""
-    key = id(w)  # no weak reference to the weight: torch would refuse to swap it
+    key, before = id(w), layer.__dict__.get("_fqt_held_by")  # no weak reference to the weight: torch could not swap it
+    if before not in (None, key):  # the layer had another weight
+        for ref in [ref for ref in _holders.get(before, ()) if ref() is layer]:
+            _drop(before, ref)
+    layer.__dict__["_fqt_held_by"] = key
     known = _holders.setdefault(key, [])
     if all(ref() is not layer for ref in known):
         known.append(weakref.ref(layer, functools.partial(_drop, key)))

@@ -17,7 +17,20 @@ from .recipe import Quantizer
 
 def device_guard(t: Tensor):
     """Triton launches on the current device; the tensors may be on another."""
-    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
+    return _Launching(t.device) if t.is_cuda else contextlib.nullcontext()
+
+
+class _Launching(torch.cuda.device):
+    """Says of a launch that a capture refused what to do about it."""
+
+    def __exit__(self, kind, error, traceback):
+        super().__exit__(kind, error, traceback)
+        if isinstance(error, RuntimeError) and "capturing" in str(error):
+            raise RuntimeError(
+                f"a kernel could not be launched while a CUDA graph is captured ({error}): run one step with the same "
+                f"shapes before capturing, since Triton compiles and loads a kernel at its first launch"
+            ) from error
+        return False
 
 
 def quantized(

@@ -242,7 +242,7 @@ def defined(optimizer: PSGD | PSGDAdamW, group: dict[str, Any], w: Tensor,
     """(w, state) after a step of `fqt.optim.loop` in w's dtype (float32 of a weight held in int8), or in another."""
     x = w.dequantize(torch.float32) if isinstance(w, Int8Weight) else w.detach()
     x = x if dtype is None else x.to(dtype)
-    state = {key: v if dtype is None or not v.is_floating_point() else v.to(dtype)
+    state = {key: v.clone() if dtype is None or not v.is_floating_point() else v.to(dtype, copy=True)
              for key, v in optimizer.state[w].items()}  # fmt: skip
     position = position_of(group, optimizer.names)
     s = loop.scale_of(x, position, state)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .. import dispatch
+from ..capture import is_capturing, refuse
 from ..position import Position
 from ..reference import compute_dtype
 from . import options, state
@@ -134,6 +135,7 @@ class PositionOptimizer(torch.optim.Optimizer):
 
     def _step(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
         fused, int8, others = self._divided(self._found())
+        self._check_capture(int8, others, found_inf)
         if found_inf is not None and (others or self._makes_state(fused, int8)):
             if found_inf.item():
                 return
@@ -182,6 +184,20 @@ class PositionOptimizer(torch.optim.Optimizer):
             self._kernels[found.params[0].device].makes_state(found) for found in fused
         )
 
+    def _check_capture(self, int8: list[Found], others: list[Found], found_inf: Tensor | None) -> None:
+        """Refuse, while a CUDA graph is captured, what each replay would do anew and what waits for the device."""
+        for found in (*int8, *others):
+            if not is_capturing(found.params[0].device):
+                continue
+            if found_inf is not None and others:
+                raise ValueError(
+                    f"{options.label(self.param_groups, found.index, found.numbers[0])}: a step with a GradScaler cannot be "
+                    f"captured in a CUDA graph without the kernel, which alone looks at found_inf on the device"
+                )
+            for w, i in zip(found.params, found.numbers, strict=True):
+                if absent := _missing(found, w, self.state.get(w, {}), self.moment):
+                    refuse(f"{options.label(self.param_groups, found.index, i)} has no {' nor '.join(absent)} yet")
+
     def _points(self, found: Found) -> Iterator[Tensor | None]:
         """x̄ of each parameter by the group's function."""
         for w, i in zip(found.params, found.numbers, strict=True):
@@ -226,7 +242,9 @@ class PositionOptimizer(torch.optim.Optimizer):
             step_(w, g, held, position, found.group, self.rule, scalars[0], found_inf=scalars[1], fused=fused)
             if self.rule == "adamw":
                 taken = 1 if found_inf is None else (scalars[1] == 0).to(torch.float32)
-                held["step"] = held.get("step", torch.zeros((), device=w.device)) + taken
+                if "step" not in held:
+                    held["step"] = torch.zeros((), device=w.device)
+                held["step"].add_(taken)
 
     # ---- who computes it
 
@@ -347,6 +365,15 @@ def _int8_weight() -> type:
 
 def _is_int8(w: Tensor) -> bool:
     return isinstance(w, _int8_weight())
+
+
+def _missing(found: Found, w: Tensor, held: Mapping, moment: str) -> list[str]:
+    """The state that a step of this parameter would make."""
+    if not w.numel():
+        return []
+    absent = [moment] if found.has_moments and held.get(moment) is None else []
+    absent += ["range"] if found.position.has_range and not state.has_range(held, w, found.position) else []
+    return absent + ["threshold"] * (found.position.target == "grid+zero" and held.get("threshold") is None)
 
 
 def _rate_device(lr: float | Tensor, device: torch.device) -> None:

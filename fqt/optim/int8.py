@@ -25,6 +25,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..capture import is_capturing, refuse
 from ..dispatch import choose
 from ..int8_weight import Int8Weight
 from ..position import Position, first_threshold
@@ -95,7 +96,14 @@ def step_(p: Int8Weight, g: Tensor, state: dict, position: Position, group: dict
         return
     if fused is None:
         fused = choose("psgd", p.device, *p.shape, dtype=p.dtype).backend == "triton"
-    if found_inf is not None and not (fused and _is_made(state, position, group, rule)):
+    made = _is_made(state, position, group, rule)
+    if is_capturing(p.device) and not made:
+        refuse(f"weights of shape {tuple(p.shape)} have no state yet")
+    if found_inf is not None and not (fused and made):
+        if is_capturing(p.device):
+            raise ValueError(
+                f"a step of {tuple(p.shape)} weights with a GradScaler cannot be captured in a CUDA graph without the kernel"
+            )
         if found_inf.item():
             return
         found_inf = None
@@ -119,10 +127,6 @@ def _launch(p: Int8Weight, g: Tensor, state: dict, position: Position, group: di
     """`step_` by the kernel. For a target that is a function, the scale of the gradient is computed by torch."""
     from fqt_kernels.int8_step import int8_step
 
-    if p.is_cuda and torch.cuda.is_current_stream_capturing() and not _is_made(state, position, group, rule):
-        raise ValueError(
-            f"a first step of {tuple(p.shape)} weights cannot be captured in a CUDA graph, take one before"
-        )
     adamw = rule == "adamw"
     s = loop.scale_of(p, position, state) if callable(position.target) else None
     first = "exp_avg" if adamw else "momentum_buffer" if group["momentum"] else None

@@ -35,14 +35,31 @@ def scale_of(w: Tensor, p: Position, state: dict) -> Tensor | None:
             )
         return None if points is None else scale_to_points(w, p, points)
     newest = extremes(w, p.per_channel)
-    state["range"] = advanced_range(p, state.get("range"), newest)
+    keep(state, "range", advanced_range(p, state.get("range"), newest))
     if p.target != "grid+zero":
         return position_scale(w, p, state["range"])
     if state.get("threshold") is None:
         state["threshold"] = first_threshold(w, p.sparsity)
     else:
-        state["threshold"] = advanced_threshold(p, state["threshold"], w, state["range"])
+        keep(state, "threshold", advanced_threshold(p, state["threshold"], w, state["range"]))
     return position_scale(w, p, state["range"], state["threshold"])
+
+
+def keep(state: dict, name: str, value: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Write a value into the tensor of that name, which the replays of a CUDA graph advance; make it, of dtype, if there is
+    none of the value's shape."""
+    held = state.get(name)
+    if held is None or held.shape != value.shape:
+        state[name] = value.to(dtype or value.dtype, copy=True)
+    else:
+        held.copy_(value)
+
+
+def _rate(lr: float | Tensor, g: Tensor) -> Tensor:
+    """lr as a 0-d tensor beside g, without a copy from the host."""
+    if isinstance(lr, Tensor) and lr.device.type != "cpu":
+        return lr.to(g)
+    return torch.full((), lr.item() if isinstance(lr, Tensor) else lr, dtype=g.dtype, device=g.device)
 
 
 def gradient(g: Tensor, w: Tensor, maximize: bool, grad_scale: Tensor | None = None) -> Tensor:
@@ -67,11 +84,11 @@ def sgd_step(w: Tensor, g: Tensor, state: dict, s: Tensor | None, *, lr: float |
     if momentum:
         buffer = state.get("momentum_buffer")
         new = g if buffer is None else buffer.to(g.dtype) * momentum + g * (1 - dampening)
-        state["momentum_buffer"] = new.to(w.dtype, copy=True)
+        keep(state, "momentum_buffer", new, w.dtype)
         g = g + new * momentum if nesterov else new
     if s is not None and position == "update":
         g = g * s
-    return x - g * torch.as_tensor(lr, dtype=g.dtype, device=g.device)
+    return x - g * _rate(lr, g)
 
 
 def adamw_step(w: Tensor, g: Tensor, state: dict, s: Tensor | None, *, lr: float | Tensor, betas: tuple[float, float],
@@ -84,12 +101,13 @@ def adamw_step(w: Tensor, g: Tensor, state: dict, s: Tensor | None, *, lr: float
         state["powers"] = torch.ones(2, dtype=torch.float64, device=w.device)
     if s is not None and position == "grad":
         g = g * s
-    lr = torch.as_tensor(lr, dtype=g.dtype, device=g.device)
+    lr = _rate(lr, g)
     x = x * (1 - lr * weight_decay)
     first = state["exp_avg"].to(g.dtype) * betas[0] + g * (1 - betas[0])
     second = state["exp_avg_sq"].to(g.dtype) * betas[1] + (g * g) * (1 - betas[1])
-    state["exp_avg"], state["exp_avg_sq"] = first.to(w.dtype), second.to(w.dtype)
-    state["powers"] = state["powers"] * torch.tensor(betas, dtype=torch.float64, device=w.device)
+    keep(state, "exp_avg", first, w.dtype)
+    keep(state, "exp_avg_sq", second, w.dtype)
+    state["powers"].copy_(torch.stack([power * beta for power, beta in zip(state["powers"], betas, strict=True)]))
     c1, c2 = (1 - state["powers"]).to(g.dtype)
     update = (first / c1) / (root(second) / root(c2) + eps)
     if s is not None and position == "update":

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from ..capture import is_capturing, refuse
 from ..position import Position, position_scale
 from ..reference import compute_dtype
 from . import loop, options, state
@@ -205,6 +206,8 @@ class _Step(contextlib.AbstractContextManager):
             self._advanced.add(id(w))
             if not state.has_range(held, w, p):
                 held.pop("range", None)
+            if p.has_range and w.numel() and "range" not in held and is_capturing(w.device):
+                refuse(f"a parameter of shape {tuple(w.shape)} has no range yet")
             s = loop.scale_of(w, p, held)
         elif p.has_range and w.numel():  # a further evaluation in this step: the range stays
             s = position_scale(w, p, held["range"], held.get("threshold"))

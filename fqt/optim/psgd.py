@@ -44,8 +44,8 @@ class PSGD(PositionOptimizer):
 
     Synchronization with the host: none with the kernel, except that with a GradScaler the steps that make new state, or
     follow a change of options, look at found_inf; the multi-tensor operations look at it in every such step. In a CUDA
-    graph the kernel's steps can be captured after a first one outside; lr has to be a tensor there to be changed, no
-    layer's codes are written, and `fqt.invalidate_` goes between replays and a forward pass outside of the graph.
+    graph steps can be captured after a first one outside, with a GradScaler those of the kernel; lr has to be a tensor
+    there to be changed, and no layer's codes are written.
 
     Raises:
         TypeError, ValueError: an option is out of range; a parameter or (in `step`) a gradient cannot be used.
