@@ -22,16 +22,10 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 
 # On a machine with a GPU, with the torch, Triton, pytest and hypothesis of the python3 at hand; no network. All parts run
-# even if one fails: the GPU may be gone tomorrow.
+# even if one fails: the GPU may be gone tomorrow. `make gpu PARTS=check` is one group, `PARTS="doctor optim"` two parts.
 gpu: export PYTHONPATH := .:kernels:bench
 gpu:
-	@failed=0; \
-	for part in "fqt doctor" "pytest -q" "fqt tune --suite llama-8b cubes --budget 4" \
-		"fqt tune export bench/results/tuned-$$(date -u +%Y%m%d-%H%M%S).json" \
-		"fqt bench --suite kernels layers train --budget-s 360" "fqt bench --suite optim --budget-s 120" \
-		"fqt bench --suite householder --budget-s 180" "fqt bench --suite conv --budget-s 240"; do \
-		echo "== $(PYTHON) -m $$part"; $(PYTHON) -m $$part || failed=1; \
-	done; exit $$failed
+	@$(PYTHON) -m fqt_bench.hardware $(PARTS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

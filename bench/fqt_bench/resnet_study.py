@@ -98,7 +98,7 @@ def trained(plan: Plan, recipe: str, lr: float, data: Data, seed: int, share: fl
         f *= share
         return lr * min(1.0, f / psgd_runs.WARM_UP) * (1 + math.cos(math.pi * f)) / 2
 
-    model = network(plan, recipe, seed)
+    model = network(plan, recipe, seed).to(data.train_x.device)
     steps = max(1, round(share * plan.steps))
     return model, psgd_runs.train(model, psgd_runs.plain(model), data, plan, seed + 1, steps, rate)
 

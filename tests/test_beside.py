@@ -1,0 +1,116 @@
+"""Accuracies on a device beside the CPU's: what is trained, and when they count as equal."""
+
+import json
+
+import pytest
+import torch
+
+from fqt import demo
+from fqt_bench import beside, psgd_runs, resnet_study
+from fqt_bench.psgd_runs import Data
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def runs(*accuracies):
+    return [{"seed": i, "diverged": a is None, "accuracy": a} for i, a in enumerate(accuracies)]
+
+
+@pytest.mark.parametrize(
+    ("base", "found", "verdict"),
+    [
+        (runs(90.0, 92.0, 94.0), runs(92.8, 94.8, 96.8), "within"),  # 2.8 of √(2² + 2²) = 2.83
+        (runs(90.0, 92.0, 94.0), runs(92.9, 94.9, 96.9), "beyond"),
+        (runs(90.0, 92.0, 94.0), runs(84.4, 86.4, 88.4), "beyond"),  # 5.6 of 2 · 2.83
+        (runs(90.0, 92.0, 94.0), runs(84.3, 86.3, 88.3), "outside"),
+        (runs(90.0, 92.0, 94.0), runs(90.0, 92.0, None), "outside"),
+        (runs(None, None), runs(None, None), "within"),
+        (runs(90.0), runs(90.0), "within"),
+        (runs(90.0), runs(90.1), "outside"),  # of one seed nothing is known of the spread
+    ],
+)
+def test_accuracies_are_compared_with_the_spread_of_both(base, found, verdict):
+    (row,) = beside.compared({"int8": base}, {"int8": found})
+    assert row["verdict"] == verdict and row["recipe"] == "int8"
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A tiny study, and the images that it was made of."""
+    draws = torch.Generator().manual_seed(0)
+    x, y = torch.randn(96, 1, 28, 28, generator=draws), torch.randint(10, (96,), generator=draws)
+    data = Data("noise", x[:64], y[:64], x[64:], y[64:], shift=1)
+    plan = resnet_study.QUICK
+    lines = tmp_path_factory.mktemp("study") / "lines.jsonl"
+    found = resnet_study.whole(data, plan, 1, 2, ["psq"], [8], [4], ["exact"], lines)
+    path = lines.with_name("study.json")
+    path.write_text(json.dumps(found), encoding="utf-8")
+    return path, data
+
+
+def test_a_study_repeated_on_its_own_device_has_the_same_accuracies(study, monkeypatch, tmp_path, capsys):
+    """All runs, their seeds and the weights they start from are the base's."""
+    path, data = study
+    monkeypatch.setattr(psgd_runs, "load", lambda name, folder: data)
+    out = tmp_path / "beside.json"
+    assert beside.main(["resnet", "--base", str(path), "--device", "cpu", "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert [(row["recipe"], row["difference"], row["device"]["runs"]) for row in result["rows"]] == [
+        ("exact", 0.0, 2), ("psq8", 0.0, 2)
+    ]  # fmt: skip
+    assert result["environment"]["device"] == "cpu" and "within" in capsys.readouterr().out
+    base = json.loads(path.read_text())
+    for run in base["runs"]:
+        run["accuracy"] += 50.0 if run["recipe"] == "psq8" else 0.0
+    shifted = tmp_path / "shifted.json"
+    shifted.write_text(json.dumps(base))
+    assert beside.main(["resnet", "--base", str(shifted), "--device", "cpu"]) == 1
+
+
+def test_another_set_of_images_is_refused(study, monkeypatch, capsys):
+    path, data = study
+    monkeypatch.setattr(psgd_runs, "load", lambda name, folder: data._replace(train_x=data.train_x[:60]))
+    with pytest.raises(SystemExit, match="2"):
+        beside.main(["resnet", "--base", str(path), "--device", "cpu"])
+    assert "60 of noise" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(["resnet", "--device", "cpu"], "needs --base"),
+     (["demo", "--base", "missing.json", "--device", "cpu"], "No such file"),
+     (["demo", "--base", "EMPTY", "--device", "cpu"], "no demo.json"),
+     (["resnet", "--base", "EMPTY", "--device", "cpu"], "no study of")],
+)  # fmt: skip
+def test_a_base_that_is_none_is_a_mistake(arguments, says, tmp_path, capsys):
+    empty = tmp_path / "empty.json"
+    empty.write_text("{}")
+    with pytest.raises(SystemExit, match="2"):
+        beside.main([str(empty) if a == "EMPTY" else a for a in arguments])
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.interpreted
+def test_without_a_gpu_nothing_is_measured(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        beside.main(["demo"])
+    assert "not measured" in capsys.readouterr().err
+
+
+def test_the_demo_is_run_as_its_base_was_or_on_the_cpu_first(monkeypatch, tmp_path):
+    called = []
+
+    def run(*, device, out, **plan):
+        called.append((device, plan))
+        of = {"int8": {"runs": [{"seed": 0, "diverged": False, "accuracy": 0.5, "train_loss": [1.0]}]}}
+        return {"recipes": of, "data": {"name": "digits"}, "arguments": plan}
+
+    monkeypatch.setattr(demo, "run", run)
+    assert beside.main(["demo", "--device", "cpu"]) == 0
+    plan = {"epochs": 8, "seeds": 3, "bits": [4, 2]}
+    assert called == [("cpu", plan), ("cpu", plan)]
+    base = tmp_path / "demo.json"
+    base.write_text(json.dumps(run(device="cpu", out="", epochs=1, seeds=1, bits=[3])))
+    called.clear()
+    assert beside.main(["demo", "--base", str(base), "--device", "cpu"]) == 0
+    assert called == [("cpu", {"epochs": 1, "seeds": 1, "bits": [3]})]
