@@ -25,7 +25,9 @@ def checks(device: torch.device) -> Iterator[tuple[str, str, Callable[[], Compar
                 yield kernel, f"{kind}, {groups}", lambda k=kind, g=groups: _groups_case(device, k, g)
         for kernel in ("_group_absmax_kernel", "_follower_sums_kernel", "_follower_totals_kernel"):
             yield kernel, kind, lambda k=kind: _sums_case(device, k)
-    for kind, kernel in zip(SHAPES, ("_long_transform_kernel", "_transform_kernel", "_long_transform_kernel"), strict=True):
+    for kind, kernel in zip(
+        SHAPES, ("_long_transform_kernel", "_transform_kernel", "_long_transform_kernel"), strict=True
+    ):
         cases = ("global", "min", 4), ("tile", "grid", 8), ("global", "symmetric", 2)
         for groups, zero, bits in cases[:1] if kind == "long rows" else cases:
             quantizer = Quantizer(bits, "per_row", zero, "stochastic", householder=True, groups=groups)

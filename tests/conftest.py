@@ -75,3 +75,48 @@ def _seeded():
 
     torch.manual_seed(0)
     fqt.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    if DEVICE != "cpu":
+        skip = pytest.mark.skip(reason="where there is a GPU kernels are not interpreted here")
+        for item in items:
+            if item.get_closest_marker("interpreted"):
+                item.add_marker(skip)
+
+
+if DEVICE == "cpu":
+    _may_launch = True
+    _execute = interpreter.GridExecutor.__call__
+
+    def _checked(self, *args, **kwargs):
+        assert _may_launch, (
+            f"{self.fn.__name__} is launched on CPU tensors, which fails where there is a GPU: the test needs the fixture "
+            "`device`, for where its tensors are, or the mark `interpreted`"
+        )
+        return _execute(self, *args, **kwargs)
+
+    interpreter.GridExecutor.__call__ = _checked
+
+    @pytest.fixture(autouse=True)
+    def _launches_where_it_says(request):
+        """A test that launches kernels has asked where."""
+        global _may_launch
+        _may_launch = "device" in request.fixturenames or request.node.get_closest_marker("interpreted") is not None
+        yield
+        _may_launch = True
+
+
+if "FQT_SANITIZE" in os.environ and DEVICE == "cpu":
+
+    @pytest.fixture(autouse=True)
+    def _sanitized(request):
+        """Every launch of every test under `sanitizer.Sanitizer`: FQT_SANITIZE=1 pytest, for a new kernel; twice as slow."""
+        import sanitizer
+
+        if request.node.get_closest_marker("unsanitized"):
+            yield
+            return
+        with sanitizer.Sanitizer() as found:
+            yield
+        assert not sanitizer.wrong(found), found

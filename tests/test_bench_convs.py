@@ -185,7 +185,7 @@ def _tensors(out):
     return [t for part in out if part is not None for t in _tensors(part)]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the test above runs them")
+@pytest.mark.interpreted
 @pytest.mark.parametrize("name", conv_pieces.PRODUCTS)
 def test_the_implicit_gemm_is_run_with_each_of_its_configurations(name, monkeypatch):
     from fqt_kernels import conv, conv_wgrad

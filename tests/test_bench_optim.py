@@ -146,7 +146,7 @@ def test_the_kernels_candidates_pass_their_checks_and_write_the_codes_whoever_st
         by_tag["psgd codes"].check(None, 0)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU kernels are not interpreted here")
+@pytest.mark.interpreted
 def test_the_counters_of_a_step_are_one_launch_that_moves_what_has_to_move():
     counted = steps.count_optimizer("psgd")
     total = counted.pop("step psgd")

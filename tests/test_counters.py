@@ -13,9 +13,7 @@ from fqt_bench.counters import Change, changes, collect, matches
 from fqt_bench.steps import Step
 
 ROOT = Path(__file__).resolve().parents[1]
-interpreted = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="where there is a GPU kernels are not interpreted here"
-)
+interpreted = pytest.mark.interpreted
 
 
 @pytest.mark.parametrize(

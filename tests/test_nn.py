@@ -388,7 +388,7 @@ def test_a_wrong_input_names_the_layer(x, error, says):
     model = nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict({"fc": nn.Linear(40, 24)})])})
     fqt.quantize_(model, "int8")
     with pytest.raises(error, match=says):
-        model["blocks"][0]["fc"](x)
+        model["blocks"][0]["fc"](x if x.is_meta else x.to(model["blocks"][0]["fc"].weight.device))
 
 
 def test_an_unknown_recipe_lists_the_valid_ones():
@@ -581,7 +581,7 @@ def accumulated(module, fused, steps=3):
     generator = torch.Generator().manual_seed(0)
     held = []
     for _ in range(steps):
-        x, dy = (torch.randn(12, n, generator=generator).to(module.weight.dtype) for n in (40, 24))
+        x, dy = (torch.randn(12, n, generator=generator, device="cpu").to(module.weight) for n in (40, 24))
         module(x).backward(dy)
         held.append(module.weight.grad)
     return held, module.bias.grad
@@ -625,7 +625,8 @@ def test_a_gradient_that_the_kernel_cannot_add_to_is_left_to_autograd():
     (expected, _), (held, _) = accumulated(module, False), accumulated(module, True, steps=1)
     module.weight.grad = held[0].t().contiguous().t()  # not contiguous
     generator = torch.Generator().manual_seed(0)
-    inputs = [tuple(torch.randn(12, n, generator=generator) for n in (40, 24)) for _ in range(3)]
+    draw = lambda n: torch.randn(12, n, generator=generator, device="cpu").to(module.weight)  # noqa: E731
+    inputs = [tuple(draw(n) for n in (40, 24)) for _ in range(3)]
     for x, dy in inputs[1:]:
         module(x).backward(dy)
     assert torch.equal(module.weight.grad, expected[-1])

@@ -6,7 +6,7 @@ import random
 import laws
 import pytest
 import torch
-from products import INTERPRETED, codes, launch, pair
+from products import codes, launch, pair
 
 import fqt_kernels.gemm as kernels
 from fqt import reference
@@ -17,7 +17,7 @@ SPLITS = (2, 3, 5, 64)  # that divide the number of blocks, that do not, and mor
 AFFINE = ("per_row", True, "per_tensor", True)
 
 pytestmark = pytest.mark.skipif(torch.version.hip is not None, reason="split_k is for NVIDIA only")
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="programs can only be ordered in the interpreter")
+interpreted = pytest.mark.interpreted  # programs can only be ordered there
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +87,7 @@ def reordered(monkeypatch, order):
 
 
 @interpreted
+@pytest.mark.unsanitized
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
 def test_any_program_of_a_tile_may_be_the_last(order, monkeypatch):
     a, b = pair(31, 17, 80, AFFINE)
@@ -96,6 +97,7 @@ def test_any_program_of_a_tile_may_be_the_last(order, monkeypatch):
 
 
 @interpreted
+@pytest.mark.unsanitized
 @pytest.mark.parametrize("seed", range(4))
 def test_programs_of_all_tiles_may_come_in_any_order(seed, monkeypatch):
     """6 tiles of 4 programs, shuffled."""

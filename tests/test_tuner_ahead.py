@@ -91,7 +91,7 @@ def test_crashes_are_named_and_what_a_dead_process_left_is_tried_again(monkeypat
     assert ran == [[(SMALL, tried), (LARGE, (A,))] for tried in ((A, split, C), (split, C), (C,))]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's problems are those of CPU tensors")
+@pytest.mark.interpreted
 def test_a_real_process_runs_its_candidates_and_nothing_is_held_against_them(monkeypatch):
     monkeypatch.setattr(ahead, "parts", lambda: 1)
     problem = Target("", 1, "cpu").problem("scaled_mm", 4, 4, 4, dtype=torch.float32)

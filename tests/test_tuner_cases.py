@@ -19,7 +19,7 @@ HERE = Machine("CPU", "cpu", 1, "", "3.7.1", torch.__version__)
 BRIEF = harness.Effort(rounds=1, min_rounds=1, warm_up_s=0.0, warm_up_rounds=0)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's problems are those of CPU tensors")
+@pytest.mark.interpreted
 def test_real_kernels_are_right_and_all_are_ranked(tmp_path):
     """Extents that are no multiples of 16 have the fewest candidates: a run takes the interpreter 0.1 s."""
     met = {
@@ -39,7 +39,7 @@ def test_real_kernels_are_right_and_all_are_ranked(tmp_path):
         assert (result.entry.bf16_ns > 0) == (result.problem.op == "scaled_mm")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's problems are those of CPU tensors")
+@pytest.mark.interpreted
 @pytest.mark.parametrize(
     "kind", ["per_row stochastic cols", "per_row nearest both strided", "per_row nearest rows stats"]
 )
