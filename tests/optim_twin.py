@@ -25,11 +25,12 @@ def give_gradients(optimizer: torch.optim.Optimizer, seed: int, without: tuple[i
     """Random gradients to all parameters but those of these numbers."""
     ws = [w for group in optimizer.param_groups for w in group["params"]]
     for i, (w, g) in enumerate(zip(ws, tensors([w.shape for w in ws], seed), strict=True)):
-        w.grad = None if i in without else g.to(w.dtype)
+        w.grad = None if i in without else g.to(w.device, w.dtype)
 
 
 class Twin:
-    """Copies of an optimizer's parameters and state, stepped by the plain loop with the same gradients and options."""
+    """Copies of an optimizer's parameters and state on the CPU, stepped by the plain loop with the same gradients and
+    options."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
@@ -39,7 +40,7 @@ class Twin:
     def _adopt(self) -> None:
         for group in self.optimizer.param_groups:
             for w in group["params"]:
-                self.copies.setdefault(w, (w.detach().clone(), {}))
+                self.copies.setdefault(w, (w.detach().to("cpu", copy=True), {}))
 
     @torch.no_grad()
     def step(self, grad_scale: Tensor | None = None) -> None:
@@ -54,7 +55,7 @@ class Twin:
                     continue
                 x, state = self.copies[w]
                 s = loop.scale_of(x, p, state)
-                g = loop.gradient(w.grad, x, group["maximize"], grad_scale)
+                g = loop.gradient(w.grad.cpu(), x, group["maximize"], grad_scale)
                 rule = loop.adamw_step if adamw else loop.sgd_step
                 own = {name: group[name] for name in names}
                 x.copy_(rule(x, g, state, s, lr=group["lr"], position=p.position, **own))

@@ -12,6 +12,7 @@ initcheck   a load of fresh memory that no kernel has stored to.
 racecheck   two programs of a launch that reach the same byte, one of them storing, without an order between them. Ordered is
             what an atomic operation with a release and one with an acquire on the same address put in an order; a release
             publishes what was stored before the program's last barrier, since other threads of the program stored it.
+            Atomic operations need no order between them, but an exchange does: it takes what the others have made.
             Within a program: two of its operations that reach the same byte, one of them a store, without a barrier between
             them, where other threads may do the one than the other: by different tensors of addresses, or by fewer than
             REPLICATED, which several warps load. Two elements of one store with the same address and different values.
@@ -94,8 +95,9 @@ class _Memory:
     """A storage that a launch may reach, and what happened to its bytes.
 
     reachable: which belong to an element of a tensor, None for all. written: by kernels, None where it is not fresh.
-    shadow: of each byte the program, clock, epoch (barriers that the program had passed) and addresses' fingerprint of the
-    last store and of the last load, whether that store was atomic, and whether several programs loaded. readers: programs.
+    shadow: of each byte who stored last, with atomic operations all who did, and who has loaded since, as numbers of
+    `_Sets`; and of the last store and the last load the program, its epoch (barriers that it had passed) and the addresses'
+    fingerprint.
     """
 
     low: int
@@ -103,24 +105,31 @@ class _Memory:
     reachable: np.ndarray | None = None
     written: np.ndarray | None = None
     shadow: dict[str, np.ndarray] = field(default_factory=dict)
-    readers: set[int] = field(default_factory=set)
 
     def start(self) -> None:
         size = self.high - self.low
-        self.readers = set()
         if size <= SHADOWED:
-            names = (
-                "store_by",
-                "store_at",
-                "load_by",
-                "load_at",
-                "store_epoch",
-                "load_epoch",
-                "store_where",
-                "load_where",
-            )
+            names = [f"{kind}_{what}" for kind in ("store", "load") for what in ("by", "epoch", "where")]
             self.shadow = {name: np.full(size, _NEVER, np.int32) for name in names}
-            self.shadow |= {name: np.zeros(size, bool) for name in ("atomic", "shared")}
+            self.shadow |= {name: np.zeros(size, np.int32) for name in ("stored", "loaded")}
+            self.shadow["atomic"] = np.zeros(size, bool)
+
+
+class _Sets:
+    """Sets of (program, clock), numbered; 0 is the empty one."""
+
+    def __init__(self) -> None:
+        self._sets: list[frozenset[tuple[int, int]]] = [frozenset()]
+        self._numbers = {self._sets[0]: 0}
+
+    def number(self, found: frozenset[tuple[int, int]]) -> int:
+        if found not in self._numbers:
+            self._numbers[found] = len(self._sets)
+            self._sets.append(found)
+        return self._numbers[found]
+
+    def each(self, numbers: np.ndarray) -> list[tuple[int, frozenset[tuple[int, int]]]]:
+        return [(number, self._sets[number]) for number in np.unique(numbers)]
 
 
 class Sanitizer:
@@ -195,7 +204,7 @@ class Sanitizer:
             tensors += [t for t in gc.get_objects() if type(t) in (Tensor, torch.nn.Parameter) and _is_dense(t)]
         self._memories = self._map(tensors)
         self._lows = np.array([m.low for m in self._memories], np.uint64)
-        self._clocks, self._released = {}, {}
+        self._clocks, self._released, self._sets = {}, {}, _Sets()
         grid = executor.grid
         names = [name for name in executor.arg_names if name not in kwargs]
         meta = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -297,32 +306,33 @@ class Sanitizer:
                 np.minimum.at(lowest, index, bits)
                 if (highest != lowest).any():
                     self._report("one store gives an address two values")
-            self._writes(memory, at.ravel(), _fingerprint(ptrs.data), atomic=False)
+            self._writes(memory, at.ravel(), _fingerprint(ptrs.data), False, self._clocks[self._me][self._me])
         return original(builder, ptrs, value, mask, *more)
 
     def _rmw(self, original, builder, op, ptr, val, mask, sem, scope):
-        self._atomic(ptr, mask.data, sem)
+        self._atomic(ptr, mask.data, sem, takes="XCHG" in str(op))
         return original(builder, op, ptr, val, mask, sem, scope)
 
     def _cas(self, original, builder, ptr, cmp, val, sem, scope):
-        self._atomic(ptr, np.ones_like(ptr.data, bool), sem)
+        self._atomic(ptr, np.ones_like(ptr.data, bool), sem, takes=True)
         return original(builder, ptr, cmp, val, sem, scope)
 
-    def _atomic(self, ptr, mask: np.ndarray, sem) -> None:
+    def _atomic(self, ptr, mask: np.ndarray, sem, takes: bool) -> None:
+        order, clock = str(sem).rsplit(".", 1)[-1].lower(), self._clocks[self._me]
+        acquires, releases = "acq" in order, "rel" in order and order != "relaxed"
         for memory, at, _ in self._at(ptr.data, mask, _width(ptr), "atomic operation"):
             if memory.written is not None and not memory.written[at].all():
                 self._report("atomic operation on memory that nothing has stored")
-            order = str(sem).rsplit(".", 1)[-1].lower()
-            clock = self._clocks[self._me]
-            for address in {int(memory.low + a) for a in at[:, 0]} if "relaxed" not in order else ():
+            addresses = {int(memory.low + a) for a in at[:, 0]} if acquires or releases else set()
+            for address in addresses if acquires else ():
+                for program, when in self._released.get(address, {}).items():
+                    clock[program] = max(clock.get(program, 0), when)
+            # A release publishes itself, too: what acquires it is behind it.
+            self._writes(memory, at.ravel(), None, not takes, self._published if releases else clock[self._me])
+            for address in addresses if releases else ():
                 held = self._released.setdefault(address, {})
-                if "acq" in order:
-                    for program, when in held.items():
-                        clock[program] = max(clock.get(program, 0), when)
-                if "rel" in order:
-                    for program, when in {**clock, self._me: self._published}.items():
-                        held[program] = max(held.get(program, 0), when)
-            self._writes(memory, at.ravel(), None, atomic=True)
+                for program, when in {**clock, self._me: self._published}.items():
+                    held[program] = max(held.get(program, 0), when)
 
     def _barrier(self, original, builder):
         """What was stored before it is published by the next release."""
@@ -334,55 +344,63 @@ class Sanitizer:
 
     # ---- order
 
-    def _before_me(self, by: np.ndarray, at: np.ndarray) -> np.ndarray:
-        """Whether (program, clock) is ordered before what this program does now; never (-1) is."""
-        known = np.zeros(len(self._chosen) + 1, np.int64)  # the last is of _NEVER
-        known[_NEVER] = np.iinfo(np.int64).max
-        for program, when in self._clocks[self._me].items():
-            known[program] = when
-        known[self._me] = np.iinfo(np.int64).max
-        return at <= known[by]
+    def _unordered(self, who: frozenset[tuple[int, int]]) -> bool:
+        """Whether one of these (program, clock) is not ordered before what this program does now."""
+        clock = self._clocks[self._me]
+        return any(program != self._me and clock.get(program, 0) < when for program, when in who)
+
+    def _any_unordered(self, numbers: np.ndarray) -> bool:
+        return any(self._unordered(who) for _, who in self._sets.each(numbers))
+
+    def _and_me(self, numbers: np.ndarray, now: int) -> np.ndarray:
+        """The numbers of the sets with this program, at that time."""
+        me = self._me
+        found = np.empty_like(numbers)
+        for number, who in self._sets.each(numbers):
+            others = frozenset(pair for pair in who if pair[0] != me)
+            found[numbers == number] = self._sets.number(others | {(me, now)})
+        return found
+
+    def _mark(self, shadow: dict[str, np.ndarray], kind: str, at: np.ndarray, where: int) -> None:
+        for name, value in (("by", self._me), ("epoch", self._epoch), ("where", where)):
+            shadow[f"{kind}_{name}"][at] = value
+
+    def _by_other_threads(self, shadow: dict[str, np.ndarray], kind: str, at: np.ndarray, where: int) -> bool:
+        """Whether other threads of this program may have stored or loaded since its last barrier."""
+        mine = (shadow[f"{kind}_by"][at] == self._me) & (shadow[f"{kind}_epoch"][at] == self._epoch)
+        before = shadow[f"{kind}_where"][at]
+        return bool((mine & (before != where) & (before != _NEVER)).any())
 
     def _reads(self, memory: _Memory, at: np.ndarray, where: int) -> None:
         s = memory.shadow
         if not s:
             return
-        if not self._before_me(s["store_by"][at], s["store_at"][at]).all():
+        if self._any_unordered(s["stored"][at]):
             self._report("load of what another program stores, without an order")
-        mine = (s["store_by"][at] == self._me) & (s["store_epoch"][at] == self._epoch) & ~s["atomic"][at]
-        if (mine & (s["store_where"][at] != where)).any():
+        if self._by_other_threads(s, "store", at, where):
             self._report("load of what other threads of the program may have stored, without a barrier")
-        s["shared"][at] |= (s["load_by"][at] != _NEVER) & (s["load_by"][at] != self._me)
-        memory.readers.add(self._me)
-        for name, value in (("by", self._me), ("at", self._clocks[self._me][self._me]), ("epoch", self._epoch),
-                            ("where", where)):  # fmt: skip
-            s[f"load_{name}"][at] = value
+        s["loaded"][at] = self._and_me(s["loaded"][at], self._clocks[self._me][self._me])
+        self._mark(s, "load", at, where)
 
-    def _writes(self, memory: _Memory, at: np.ndarray, where: int | None, atomic: bool) -> None:
+    def _writes(self, memory: _Memory, at: np.ndarray, where: int | None, adds: bool, now: int) -> None:
+        """A store (where: its addresses), or an atomic operation that adds to what is there, or takes it."""
         if memory.written is not None:
             memory.written[at] = True
-        s, what = memory.shadow, "an atomic operation on" if atomic else "a store to"
+        s, what = memory.shadow, "an atomic operation on" if where is None else "a store to"
         if not s:
             return
-        others = ~self._before_me(s["store_by"][at], s["store_at"][at]) & ~(s["atomic"][at] & atomic)
-        if others.any():
+        before, added = s["stored"][at], s["atomic"][at]
+        if self._any_unordered(before[~added] if adds else before):
             self._report(f"{what} what another program stores, without an order")
-        read = ~self._before_me(s["load_by"][at], s["load_at"][at])
-        if s["shared"][at].any():
-            clock, all_of = self._clocks[self._me], memory.readers - {self._me}
-            read = read | (s["shared"][at] & any(program not in clock for program in all_of))
-        if read.any():
+        if self._any_unordered(s["loaded"][at]):
             self._report(f"{what} what another program loads, without an order")
-        if not atomic:
-            for kind in ("load", "store"):
-                mine = (s[f"{kind}_by"][at] == self._me) & (s[f"{kind}_epoch"][at] == self._epoch)
-                mine &= (s[f"{kind}_where"][at] != where) & (s[f"{kind}_where"][at] != _NEVER)
-                if mine.any():
-                    self._report(f"store to what other threads of the program may {kind}, without a barrier")
-        for name, value in (("by", self._me), ("at", self._clocks[self._me][self._me]), ("epoch", self._epoch),
-                            ("where", _NEVER if where is None else where)):  # fmt: skip
-            s[f"store_{name}"][at] = value
-        s["atomic"][at] = atomic
+        for kind in ("load", "store") if where is not None else ():
+            if self._by_other_threads(s, kind, at, where):
+                self._report(f"store to what other threads of the program may {kind}, without a barrier")
+        s["stored"][at] = self._and_me(np.where(added, before, 0) if adds else np.zeros_like(before), now)
+        s["loaded"][at] = 0
+        s["atomic"][at] = where is None
+        self._mark(s, "store", at, _NEVER if where is None else where)
 
     # ---- hints
 

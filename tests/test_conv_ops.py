@@ -174,18 +174,19 @@ def test_an_empty_batch_gives_empty_outputs_and_gradients_of_zero(recipe):
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("number", [1, 3, 4])
-def test_wgrad_adds_to_a_gradient_as_autograd_would(number, backend):
+def test_wgrad_adds_to_a_gradient_as_autograd_would(number, backend, device):
     """In float32 the very bits: the same additions in the same order."""
     t, r = case(number), Recipe.parse("int8")
-    weight, flat = t.weight.clone().requires_grad_(), conv_ops.flat(t.geometry)
-    codes = conv_ops.quantize_filters(t.weight, r, flat, True)
+    x, w, dy = (a.to(device) for a in (t.x, t.weight, t.dy))
+    weight, flat = w.clone().requires_grad_(), conv_ops.flat(t.geometry)
+    codes = conv_ops.quantize_filters(w, r, flat, True)
     grads = []
     for accumulate in (False, True):
-        weight.grad, rng = torch.ones_like(weight), random_state(1)
+        weight.grad, rng = torch.ones_like(weight), random_state(1, device=device)
         address = weight.grad.data_ptr()
         with fqt.backend(backend):
-            arguments = t.x, weight, None, codes, rng, "int8", t.x.dtype, True, flat, False, accumulate
-            conv_ops.conv2d(*arguments).backward(t.dy)
+            arguments = x, weight, None, codes, rng, "int8", x.dtype, True, flat, False, accumulate
+            conv_ops.conv2d(*arguments).backward(dy)
         grads.append(weight.grad.clone())
         assert not accumulate or weight.grad.data_ptr() == address
     assert torch.equal(*grads) and not torch.equal(grads[0], torch.ones_like(weight))

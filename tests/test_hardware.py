@@ -52,7 +52,7 @@ def test_a_part_that_hangs_is_ended_with_all_that_it_started(tmp_path, monkeypat
         f"import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', {child!r}]); print(p.pid, flush=True)\n"
         "try:\n    time.sleep(600)\nexcept KeyboardInterrupt:\n    print('told', flush=True)"
     )
-    status, verdicts, folder = run_all(tmp_path, hangs=part(code, seconds=2.0), fine=part("pass"))
+    status, verdicts, folder = run_all(tmp_path, hangs=part(code, seconds=5.0), fine=part("pass"))
     assert status == 1 and [v["status"] for v in verdicts.values()] == ["out of time", "ok"]
     (log,) = folder.glob("hangs-*.log")
     pid, told = log.read_text().split()[:2]

@@ -25,11 +25,11 @@ GROUP = {"lr": 0.05, "momentum": 0.9, "dampening": 0.0, "weight_decay": 0.01, "n
 SGD = GROUP | {"momentum": 0.0, "weight_decay": 0.0, "nesterov": False}
 
 
-def weight(n=6, k=9, dtype=torch.float32, key=77):
+def weight(n=6, k=9, dtype=torch.float32, key=77, device="cpu"):
     """Rows of different sizes, one of zeros."""
     x = torch.randn(n, k) * torch.logspace(-3, 1, n)[:, None]
     x[min(3, n - 1)] = 0.0
-    return Int8Weight.of(x.to(dtype), torch.tensor([key, 3]))
+    return Int8Weight.of(x.to(dtype), torch.tensor([key, 3])).to(device)
 
 
 def state_of(p, state):
@@ -69,13 +69,13 @@ def test_scales_stay_large_enough_to_divide_by():
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("fused", [False, True])
-def test_what_is_not_finite_shows_in_its_row_and_stays_there(bad, fused):
-    p, g = weight(18, 20), torch.randn(18, 20)
-    clean, poisoned = copy.deepcopy(p), g.clone()
+def test_what_is_not_finite_shows_in_its_row_and_stays_there(bad, fused, device):
+    p, g = weight(18, 20, device=device), torch.randn(18, 20).to(device)
+    clean, poisoned = p.clone(), g.clone()
     poisoned[4, 7] = bad
     int8.step_(p, poisoned, {}, PLAIN, SGD, "sgd", fused=fused)
     int8.step_(clean, g, {}, PLAIN, SGD, "sgd", fused=fused)
-    others = torch.arange(18) != 4
+    others = torch.arange(18, device=device) != 4
     assert not p.dequantize()[4].isfinite().any()
     assert torch.equal(p.q[others], clean.q[others]) and torch.equal(p.scale[others], clean.scale[others])
     assert p.dequantize()[others].isfinite().all()
@@ -150,11 +150,11 @@ def test_steps_replay_and_random_bits_belong_to_key_and_step():
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_graph_from_before_a_step_refuses_another_backward_pass(fused):
-    layer = nn.Linear(9, 6)
+def test_a_graph_from_before_a_step_refuses_another_backward_pass(fused, device):
+    layer = nn.Linear(9, 6).to(device)
     fqt.quantize_(layer, "int8")
     hold_int8_(layer)
-    loss = layer(torch.randn(2, 9, requires_grad=True)).sum()
+    loss = layer(torch.randn(2, 9).to(device).requires_grad_()).sum()
     loss.backward(retain_graph=True)
     version = layer.weight._version
     int8.step_(layer.weight, layer.weight.grad, {}, PLAIN, SGD, "sgd", fused=fused)
@@ -204,86 +204,86 @@ CASES = [
 
 
 @pytest.mark.parametrize(("rule", "dtype", "shape", "position", "group"), CASES)
-def test_the_kernel_equals_the_definition_bit_for_bit(memory, rule, dtype, shape, position, group):
+def test_the_kernel_equals_the_definition_bit_for_bit(memory, device, rule, dtype, shape, position, group):
     """Two steps, of which the second reads what the first has made; gradients with strides, divided by a scale. The range
     does not see rows that are infinite, or NaN as one is in the second step."""
-    p = weight(*shape, dtype=dtype)
-    p.scale[40:41] = torch.inf
-    want, state, want_state = copy.deepcopy(p), {}, {}
+    want = weight(*shape, dtype=dtype)
+    want.scale[40:41] = torch.inf
+    p, state, want_state = want.to(device, copy=True), {}, {}
     for _ in range(2):
         g = torch.randn(shape[::-1]).to(dtype).t() * 8
         if len(g) > 40:
             g[-1, 7] = torch.nan
         scale = torch.tensor([3.0])
-        int8.step_(p, g, state, position, group, rule, scale, fused=True)
+        int8.step_(p, g.to(device), state, position, group, rule, scale.to(device), fused=True)
         int8.step_(want, g, want_state, position, group, rule, scale, fused=False)
         assert_same_state(p, state, want, want_state)
     assert all(state[name].dtype == dtype for name in int8._MOMENTS if name in state)
 
 
-def test_the_kernel_rounds_as_the_definition_on_the_edges_of_codes(memory):
+def test_the_kernel_rounds_as_the_definition_on_the_edges_of_codes(memory, device):
     """w' / scale + r / 2¹⁶ a rounding error away from the next code, for the random bits r of each element."""
-    p = weight(18, 40)
-    p.q.clamp_(-90, 90)
-    p.q[:, 0] = 100
-    p.qt.copy_(p.q.t())
-    bits = reference.random_bits(p.rng, 18, 40, stream=int8.UPDATE)
-    g = p.dequantize() - (p.q + 1 - bits / 65536) * p.scale
+    want = weight(18, 40)
+    want.q.clamp_(-90, 90)
+    want.q[:, 0] = 100
+    want.qt.copy_(want.q.t())
+    bits = reference.random_bits(want.rng, 18, 40, stream=int8.UPDATE)
+    g = want.dequantize() - (want.q + 1 - bits / 65536) * want.scale
     g[:, 0] = 0.0
-    want, before = copy.deepcopy(p), p.q.clone()
-    int8.step_(p, g, {}, PLAIN, SGD | {"lr": 1.0}, "sgd", fused=True)
+    p, before = want.to(device, copy=True), want.q.clone()
+    int8.step_(p, g.to(device), {}, PLAIN, SGD | {"lr": 1.0}, "sgd", fused=True)
     int8.step_(want, g, {}, PLAIN, SGD | {"lr": 1.0}, "sgd", fused=False)
     assert_same_state(p, {}, want, {})
-    assert {0, 1} == set((p.q - before).unique().tolist())
+    assert {0, 1} == set((p.q.cpu() - before).unique().tolist())
 
 
-def test_the_kernel_changes_scales_as_the_definition(memory):
+def test_the_kernel_changes_scales_as_the_definition(memory, device):
     """Rows whose new values reach to all that `row_scales` tells apart."""
     largest = torch.tensor([0.0, 1e-30, 62.5, 63.0, 64.0, 126.5, 127.0, 127.25, 1e30, torch.inf, torch.nan])
-    p = weight(11, 6)
-    p.scale.copy_(2.0 ** torch.arange(-5.0, 6.0)[:, None])
-    p.scale[1] = 2.0**-20  # of a row that becomes smaller than a scale can be
-    for codes in (p.q, p.qt):
+    want = weight(11, 6)
+    want.scale.copy_(2.0 ** torch.arange(-5.0, 6.0)[:, None])
+    want.scale[1] = 2.0**-20  # of a row that becomes smaller than a scale can be
+    for codes in (want.q, want.qt):
         codes.zero_()
     g = torch.zeros(11, 6)
-    g[:, 4] = largest * p.scale[:, 0]
-    want, before = copy.deepcopy(p), p.scale.clone()
-    int8.step_(p, g, {}, PLAIN, SGD | {"lr": 1.0}, "sgd", fused=True)
+    g[:, 4] = largest * want.scale[:, 0]
+    p, before = want.to(device, copy=True), want.scale.clone()
+    int8.step_(p, g.to(device), {}, PLAIN, SGD | {"lr": 1.0}, "sgd", fused=True)
     int8.step_(want, g, {}, PLAIN, SGD | {"lr": 1.0}, "sgd", fused=False)
     assert_same_state(p, {}, want, {})
-    assert (p.scale == before).flatten().tolist() == [True, *[False] * 2, *[True] * 4, *[False] * 4]
+    assert (p.scale.cpu() == before).flatten().tolist() == [True, *[False] * 2, *[True] * 4, *[False] * 4]
     assert float(p.scale[1]) == 2.0**-110
 
 
-def test_the_kernel_takes_a_learning_rate_on_the_device(memory):
-    p = weight(5, 8)
-    want, g = copy.deepcopy(p), torch.randn(5, 8)
-    hyper = int8._hyper(PLAIN, GROUP, "sgd", False)
-    kernels.int8_step(p.q, p.qt, p.scale, p.rng, g, hyper._replace(lr=torch.tensor(0.05), momentum=0.0))
+def test_the_kernel_takes_a_learning_rate_on_the_device(memory, device):
+    want, g = weight(5, 8), torch.randn(5, 8)
+    p = want.to(device, copy=True)
+    hyper = int8._hyper(PLAIN, GROUP, "sgd", False)._replace(lr=torch.tensor(0.05, device=device), momentum=0.0)
+    kernels.int8_step(p.q, p.qt, p.scale, p.rng, g.to(device), hyper)
     int8.step_(want, g, {}, PLAIN, GROUP | {"momentum": 0.0}, "sgd", fused=False)
     assert_same_state(p, {}, want, {})
 
 
-def test_codes_do_not_depend_on_the_tile():
-    p = weight(35, 70)
-    g, hyper, results = torch.randn(35, 70), int8._hyper(PLAIN, SGD, "sgd", False), []
+def test_codes_do_not_depend_on_the_tile(device):
+    p = weight(35, 70, device=device)
+    g, hyper, results = torch.randn(35, 70).to(device), int8._hyper(PLAIN, SGD, "sgd", False), []
     for tile in ((16, 32, 1), (32, 128, 1)):
-        w = copy.deepcopy(p)
+        w = p.clone()
         kernels.int8_step(w.q, w.qt, w.scale, w.rng, g, hyper, tile=tile)
         results.append(w)
     assert_same_state(results[0], {}, results[1], {})
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_skipped_step_changes_nothing(fused):
-    p, state, position = weight(), {}, Position("grid+zero")
-    found = torch.ones(1)
-    int8.step_(p, torch.randn(6, 9), state, position, GROUP, "adamw", found_inf=found, fused=fused)
+def test_a_skipped_step_changes_nothing(fused, device):
+    p, state, position = weight(device=device), {}, Position("grid+zero")
+    found, g = torch.ones(1, device=device), torch.randn(6, 9).to(device)
+    int8.step_(p, g, state, position, GROUP, "adamw", found_inf=found, fused=fused)
     assert not state and int(p.rng[1]) == 3
-    int8.step_(p, torch.randn(6, 9), state, position, GROUP, "adamw", found_inf=0 * found, fused=fused)
+    int8.step_(p, g, state, position, GROUP, "adamw", found_inf=0 * found, fused=fused)
     assert int(p.rng[1]) == 4
-    before, before_state = copy.deepcopy(p), copy.deepcopy(state)
-    int8.step_(p, torch.full((6, 9), torch.inf), state, position, GROUP, "adamw", found_inf=found, fused=fused)
+    before, before_state = p.clone(), copy.deepcopy(state)
+    int8.step_(p, torch.full_like(g, torch.inf), state, position, GROUP, "adamw", found_inf=found, fused=fused)
     assert_same_state(p, state, before, before_state)
 
 

@@ -101,18 +101,17 @@ def test_magnitudes_from_a_product_quantize_it_as_its_own_would(out_dtype, devic
         assert torch.equal(x, y)
 
 
-def test_strided_row_maxima_and_random_state_are_read_as_they_are():
+def test_strided_row_maxima_and_random_state_are_read_as_they_are(device):
     x = torch.randn(6, 40)
     table = torch.stack([x.abs().amax(1).view(torch.int32), torch.zeros(6, dtype=torch.int32)], 1)
     rng = torch.tensor([[5, 7], [1, 2]])
     found = []
-    for backend in ("reference", "triton"):
+    for backend, at in (("reference", "cpu"), ("triton", device)):
+        strided = dict(rng=rng.to(at)[:, 0], row_absmax=table.to(at)[:, 0])
         with dispatch.backend(backend):
-            found.append(
-                ops.quantize(x, 8, "per_row", "symmetric", "stochastic", rng=rng[:, 0], row_absmax=table[:, 0])
-            )
+            found.append(ops.quantize(x.to(at), 8, "per_row", "symmetric", "stochastic", **strided))
     for a, b in zip(*found, strict=True):
-        assert torch.equal(a, b)
+        assert torch.equal(a, b.cpu())
 
 
 @pytest.mark.parametrize("change, error, says", [

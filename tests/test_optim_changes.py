@@ -12,17 +12,17 @@ from fqt.optim import PSGD, PositionScaled, PSGDAdamW, fused
 from fqt_kernels import psgd, psgd_table
 
 
-def trained(kernel: bool, kind=PSGD, changes=None, shape=(3, 64), steps=6, **options) -> tuple:
-    """The weights and the state after some steps, before each of which options or the parameter change."""
+def trained(backend: str, device: str, kind=PSGD, changes=None, shape=(3, 64), steps=6, **options) -> tuple:
+    """The weights and the state after some steps, before each of which options or the parameter change; on the CPU."""
     torch.manual_seed(0)
-    w = nn.Parameter(torch.randn(shape))
+    w = nn.Parameter(torch.randn(shape).to(device))
     optimizer = kind([{"params": [w], "target": "grid+zero"}], lr=0.1, sparsity=0.5, **options)
-    with fqt.backend("triton" if kernel else "reference"):
+    with fqt.backend(backend):
         for i in range(steps):
             optimizer.param_groups[0].update((changes or {}).get(i, {}))
-            w.grad = torch.randn(shape)
+            w.grad = torch.randn(shape).to(device)
             optimizer.step()
-    return w.detach(), optimizer.state[w].get("threshold")
+    return w.detach().cpu(), optimizer.state[w]["threshold"].cpu()
 
 
 @pytest.mark.parametrize(
@@ -37,27 +37,28 @@ def trained(kernel: bool, kind=PSGD, changes=None, shape=(3, 64), steps=6, **opt
         (PSGDAdamW, (3, 16), {2: {"betas": (0.5, 0.5)}}),
     ],
 )
-def test_options_that_change_take_effect_at_once(kind, shape, changes):
-    ours, theirs = (trained(kernel, kind, changes, shape) for kernel in (True, False))
+def test_options_that_change_take_effect_at_once(kind, shape, changes, device):
+    computed = ("triton", device), ("reference", "cpu")
+    ours, theirs = (trained(*by, kind, changes, shape) for by in computed)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_a_weight_that_was_cut_short_is_written_no_further_than_it_goes():
-    whole = torch.randn(8, 16)
+def test_a_weight_that_was_cut_short_is_written_no_further_than_it_goes(device):
+    whole = torch.randn(8, 16).to(device)
     w, before = nn.Parameter(whole), whole.clone()
     optimizer = PSGD([{"params": [w], "target": None}], lr=1.0)
     with fqt.backend("triton"):
         for rows in (8, 4):
             w.data = whole[:rows]  # the same address and strides
-            w.grad = torch.ones(rows, 16)
+            w.grad = torch.ones(rows, 16, device=device)
             optimizer.step()
     steps = torch.tensor([2.0] * 4 + [1.0] * 4)[:, None]
     # Two roundings of numbers up to 4 and of their differences.
-    torch.testing.assert_close(before - whole, steps.expand(8, 16), rtol=0, atol=8 * 2.0**-22)
+    torch.testing.assert_close((before - whole).cpu(), steps.expand(8, 16), rtol=0, atol=8 * 2.0**-22)
 
 
-def test_a_model_that_is_cast_goes_on():
-    w = nn.Parameter(torch.randn(4, 16))
+def test_a_model_that_is_cast_goes_on(device):
+    w = nn.Parameter(torch.randn(4, 16).to(device))
     optimizer = PSGD([{"params": [w], "target": "grid"}], lr=0.1, momentum=0.9)
     with fqt.backend("triton"):
         for dtype in (torch.float32, torch.bfloat16, torch.bfloat16):
@@ -67,8 +68,8 @@ def test_a_model_that_is_cast_goes_on():
     assert bool(w.isfinite().all()) and w.dtype == torch.bfloat16
 
 
-def test_a_parameter_that_was_removed_is_let_go():
-    ws = [nn.Parameter(torch.randn(4, 16)) for _ in range(2)]
+def test_a_parameter_that_was_removed_is_let_go(device):
+    ws = [nn.Parameter(torch.randn(4, 16).to(device)) for _ in range(2)]
     optimizer = PSGD([{"params": ws, "target": "grid"}], lr=0.1, momentum=0.9)
     with fqt.backend("triton"):
         for w in ws:
@@ -83,6 +84,7 @@ def test_a_parameter_that_was_removed_is_let_go():
     assert gone() is None
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize(("kind", "options"), [(PSGD, {"momentum": 0.9}), (PSGDAdamW, {})])
 def test_a_first_step_is_refused_in_a_capture(monkeypatch, kind, options):
     """Each replay of the graph would make the state anew."""
@@ -102,27 +104,27 @@ def test_a_first_step_is_refused_in_a_capture(monkeypatch, kind, options):
 # ---- weights that are held in int8
 
 
-def held() -> nn.Sequential:
-    model = nn.Sequential(nn.Linear(16, 16, bias=False))
+def held(device: str = "cpu") -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(16, 16, bias=False)).to(device)
     fqt.quantize_(model, "int8")
     fqt.hold_int8_(model)
-    model[0].weight.grad = torch.ones(16, 16)
+    model[0].weight.grad = torch.ones(16, 16, device=device)
     return model
 
 
-def test_the_kernel_that_was_asked_for_is_demanded_of_held_weights_too():
-    optimizer = PSGD(held().parameters(), lr=0.1, fused=True)
+def test_the_kernel_that_was_asked_for_is_demanded_of_held_weights_too(device):
+    optimizer = PSGD(held(device).parameters(), lr=0.1, fused=True)
     with fqt.backend("reference"), pytest.raises(RuntimeError, match="fused=True"):
         optimizer.step()
     with fqt.backend("triton"):
         optimizer.step()
 
 
-def test_betas_may_be_a_list_for_held_weights():
+def test_betas_may_be_a_list_for_held_weights(device):
     found = []
     for betas in ((0.5, 0.75), [0.5, 0.75]):
         torch.manual_seed(0)
-        model = held()
+        model = held(device)
         with fqt.backend("triton"):
             PSGDAdamW(model.parameters(), lr=0.1, betas=betas).step()
         found.append(model[0].weight.dequantize())
@@ -130,9 +132,9 @@ def test_betas_may_be_a_list_for_held_weights():
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_points_of_another_shape_are_refused_before_any_step(backend):
-    model, other = held(), nn.Parameter(torch.randn(4, 4))
-    other.grad = torch.ones(4, 4)
+def test_points_of_another_shape_are_refused_before_any_step(backend, device):
+    model, other = held(device), nn.Parameter(torch.randn(4, 4).to(device))
+    other.grad = torch.ones_like(other)
     groups = [
         {"params": [other], "target": "grid"},
         {"params": list(model.parameters()), "target": lambda w: torch.zeros(1, 16)},
@@ -180,8 +182,8 @@ def test_a_step_that_fails_leaves_no_scale_of_a_scaler_behind():
     assert torch.equal(w, before - 0.125)
 
 
-def test_torch_can_swap_a_parameter_that_was_stepped():
-    model = nn.Sequential(nn.Linear(16, 16))
+def test_torch_can_swap_a_parameter_that_was_stepped(device):
+    model = nn.Sequential(nn.Linear(16, 16)).to(device)
     fqt.quantize_(model, "int8")
     optimizer = PSGD([{"params": list(model.parameters()), "target": "grid"}], lr=0.125, momentum=0.9)
     with fqt.backend("triton"):
@@ -192,6 +194,6 @@ def test_torch_can_swap_a_parameter_that_was_stepped():
             finally:
                 torch.__future__.set_swap_module_params_on_conversion(False)
             optimizer.zero_grad()
-            model(torch.randn(8, 16, dtype=dtype)).sum().backward()
+            model(torch.randn(8, 16).to(device, dtype)).sum().backward()
             optimizer.step()
     assert model[0].weight.dtype == torch.bfloat16 and bool(model[0].weight.isfinite().all())

@@ -48,17 +48,19 @@ def test_a_quantization_is_launched_as_chosen(monkeypatch, kernel, config, cols,
         (torch.zeros(8, 16), dict(row_absmax=torch.zeros(8, dtype=torch.int32)), "per_row stochastic rows stats"),
     ],
 )
-def test_the_kind_of_a_quantization_says_what_its_speed_depends_on(x, options, kind, monkeypatch):
-    quantizer = Quantizer(8, "per_row", rounding="stochastic")
-    run = lambda: fqt.products.quantized(x, quantizer, rng=torch.zeros(2, dtype=torch.int64), **options)  # noqa: E731
+def test_the_kind_of_a_quantization_says_what_its_speed_depends_on(x, options, kind, monkeypatch, device):
+    quantizer, rng = Quantizer(8, "per_row", rounding="stochastic"), torch.zeros(2, dtype=torch.int64, device=device)
+    options = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in options.items()}
+    run = lambda: fqt.products.quantized(x.to(device), quantizer, rng=rng, **options)  # noqa: E731
     (_, more), _, _ = launched(monkeypatch, Choice("triton", None, ""), quantize, "quantize", run)
     assert more["kind"] == kind
 
 
-def test_both_quantizations_of_a_gradient_are_launched_as_chosen(monkeypatch):
+def test_both_quantizations_of_a_gradient_are_launched_as_chosen(monkeypatch, device):
     recipe = fqt.Recipe.parse("int8")
-    dy, rng = torch.randn(32, 48), torch.zeros(2, dtype=torch.int64)
-    x, w = (fqt.reference.quantize(torch.randn(rows, 16), q) for rows, q in ((32, recipe.x), (48, recipe.w)))
+    dy, x, w = (torch.randn(shape).to(device) for shape in ((32, 48), (32, 16), (48, 16)))
+    x, w = fqt.reference.quantize(x, recipe.x), fqt.reference.quantize(w, recipe.w)
+    rng = torch.zeros(2, dtype=torch.int64, device=device)
     run = lambda: fqt.gradients.quantized_gradient(dy, w, x, recipe, False, rng=rng, rank=0)  # noqa: E731
     choice = Choice("triton", (64, 32, 8), "", "tile")
     (args, more), options, _ = launched(monkeypatch, choice, gradient, "quantize_gradient", run)

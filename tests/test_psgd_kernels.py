@@ -2,6 +2,8 @@
 
 import weakref
 from dataclasses import dataclass, field
+from functools import partial
+from types import SimpleNamespace
 
 import laws
 import pytest
@@ -32,19 +34,20 @@ class Group:
             defaults = dict(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
         return {key: self.options.get(key, value) for key, value in defaults.items()}
 
-    def hyper(self, rule):
+    def hyper(self, rule, device):
         p, options = self.position, self.of(rule)
+        lr = self.lr.to(device) if isinstance(self.lr, torch.Tensor) else self.lr
         options["adam_eps"] = options.pop("eps", 0.0)
         target = "points" if callable(p.target) else p.target
         return Hyper(
-            self.lr, **options, maximize=self.options.get("maximize", False), target=target, qmax=p.qmax,
+            lr, **options, maximize=self.options.get("maximize", False), target=target, qmax=p.qmax,
             sparsity=p.sparsity, scale=p.scale, largest=p.largest, eps=p.eps, delta=p.delta, per_channel=p.per_channel,
             position=p.position,
         )  # fmt: skip
 
 
 class Parameter:
-    """A parameter twice: as the kernel steps it, between guard bands, and as the loop does."""
+    """A parameter twice: as the kernel steps it, between guard bands, and as the loop does, on the CPU."""
 
     def __init__(self, memory, w, group=0, codes=None, offset=0):
         """codes: their bits, if they are written.   offset: of all tensors, in elements, from 16-byte boundaries."""
@@ -53,7 +56,7 @@ class Parameter:
         self.w, self.reference, self.state, self.held = self.place(w), w.clone(), {}, {}
 
     def place(self, x):
-        """A copy of x in memory of its own."""
+        """A copy of x in memory of its own, on the device."""
         if self._offset:
             y = self._memory.empty(x.numel() + self._offset, dtype=x.dtype)[self._offset :].view(x.shape)
         else:
@@ -79,7 +82,7 @@ class Parameter:
             new = "first" not in held
             held.setdefault("first", self.place(torch.full_like(w, float("nan"))))
         if callable(p.target):
-            held["points"], held["lam"] = self.place(p.target(w).float()), self._memory.full((1,), lam_of(w, p))
+            held["points"], held["lam"] = self.place(p.target(w).float()), self._memory.full((1,), lam_of(w.cpu(), p))
         if self.bits and "codes" not in held:
             n, k = len(w), w.numel() // len(w)
             codes = [self._memory.empty(shape, dtype=torch.int8) for shape in ((n, k), (k, n))]
@@ -98,9 +101,8 @@ class Parameter:
     def check(self, what):
         laws.assert_same(self.w, self.reference, f"{what}: weights")
         names = dict(range="range", threshold="threshold", powers="powers")
-        names |= (
-            dict(first="exp_avg", second="exp_avg_sq") if "exp_avg" in self.state else dict(first="momentum_buffer")
-        )
+        adamw = "exp_avg" in self.state
+        names |= dict(first="exp_avg", second="exp_avg_sq") if adamw else dict(first="momentum_buffer")
         for name in names.keys() & self.held.keys():
             if self.w.numel():
                 laws.assert_same(self.held[name], self.state[names[name]], f"{what}: {name}")
@@ -121,26 +123,29 @@ def lam_of(w, p):
 
 
 @pytest.fixture
-def memory(guard):
-    """Where parameters and what the launchers allocate lie: nothing outside of it is written."""
-    return guard(psgd, psgd_table)
+def memory(guard, device):
+    """Where parameters and what the launchers allocate lie, on the device: nothing outside of it is written."""
+    guarded = guard(psgd, psgd_table)
+    empty, full = (partial(make, device=device) for make in (guarded.empty, guarded.full))
+    return SimpleNamespace(empty=empty, full=full, device=device)
 
 
 def take_steps(parameters, groups, steps=3, rule="sgd", *, multi=None, found_inf=(), grad_scale=None, before=None):
     """Steps by the kernel and by the loop, compared after each; found_inf: the steps to skip; before(step, slots)."""
-    multi = multi or MultiTensor()
-    scaler = None if grad_scale is None else torch.tensor([grad_scale])
+    multi, device = multi or MultiTensor(), parameters[0].w.device
+    hypers = [group.hyper(rule, device) for group in groups]
+    scaler = None if grad_scale is None else torch.tensor([grad_scale], device=device)
     for step in range(steps):
         gradients = [torch.randn(x.w.shape).to(x.w.dtype).contiguous() for x in parameters]
         for x, g in zip(parameters, gradients, strict=True):
             if x.w.numel() > 9:
                 g.view(-1)[x.w.numel() // 2] = (float("nan"), float("inf"), 1.0)[step % 3]
-        gradients = [torch.empty_like(x.w).copy_(g) for x, g in zip(parameters, gradients, strict=True)]
+        gradients = [torch.empty_like(x.w, device="cpu").copy_(g) for x, g in zip(parameters, gradients, strict=True)]
         slots = [x.slot(g, groups[x.group], rule) for x, g in zip(parameters, gradients, strict=True)]
         if before is not None:
             before(step, slots)
-        skipped = torch.tensor([float(step in found_inf)]) if found_inf else None
-        multi.step(slots, [group.hyper(rule) for group in groups], rule=rule, found_inf=skipped, grad_scale=scaler)
+        skipped = torch.tensor([float(step in found_inf)], device=device) if found_inf else None
+        multi.step(slots, hypers, rule=rule, found_inf=skipped, grad_scale=scaler)
         torch.autograd.graph.increment_version([slot.w for slot in slots])
         multi.written(slots)
         for i, (x, g) in enumerate(zip(parameters, gradients, strict=True)):
@@ -164,9 +169,7 @@ GROUPS = [
     Group(Position("grid", scale=9.0, eps=0.01, position="update"), options=dict(weight_decay=0.1)),
     Group(Position("grid+zero", sparsity=0.7, per_channel=True, scale=3.0), options=MOMENTUM),
     Group(Position(nearest_integers), options=MOMENTUM),
-    Group(
-        Position("grid+zero", sparsity=0.01, per_channel=True)
-    ),  # the threshold starts from 0, and the range moves it
+    Group(Position("grid+zero", sparsity=0.01, per_channel=True)),  # a threshold from 0 that the range moves
     Group(Position(lambda w: w.clone())),  # all lie on their points: s = 1
 ]
 
@@ -283,7 +286,7 @@ def test_tables_are_copied_only_when_an_address_or_a_number_changes(memory, monk
     for lr, address in ((0.1, g), (0.1, g), (0.2, g), (0.2, x.place(g)), (0.2, None)):
         address = g if address is None else address
         slot = slot._replace(g=address)
-        multi.step([slot], [group.hyper("sgd")._replace(lr=lr)], rule="sgd")
+        multi.step([slot], [group.hyper("sgd", memory.device)._replace(lr=lr)], rule="sgd")
         seen.append("".join(copies))
         copies.clear()
         torch.autograd.graph.increment_version(slot.w)
@@ -308,11 +311,8 @@ def test_only_what_is_aligned_is_read_in_wide_pieces(memory, monkeypatch):
     for shape, codes, aligned in (((3, 8), 0, 1), ((3, 9), 0, 0), ((8, 16), 1, 1), ((8, 24), 1, 0), ((9, 16), 1, 0)):
         w = torch.zeros(shape)
         n, k = shape
-        codes = (
-            (torch.zeros(n, k, dtype=torch.int8), torch.zeros(k, n, dtype=torch.int8), torch.zeros(n, 1))
-            if codes
-            else None
-        )
+        q = torch.zeros(n, k, dtype=torch.int8)
+        codes = (q, q.t().contiguous(), torch.zeros(n, 1)) if codes else None
         assert psgd_table.is_aligned(Slot(w, w, codes=codes), hyper) == bool(aligned)
     assert not psgd_table.is_aligned(Slot(torch.zeros(4, 24), torch.zeros(4, 24), range=torch.zeros(4, 2)), hyper)
 
@@ -327,6 +327,7 @@ def test_what_a_graph_reads_is_never_written_again(monkeypatch):
     assert seen[0] is seen[1] and len({id(t) for t in seen[1:4]}) == 3
 
 
+@pytest.mark.interpreted
 def test_a_first_step_is_not_captured(monkeypatch):
     monkeypatch.setattr(psgd, "is_capturing", lambda device: True)
     slot = Slot(torch.zeros(3), torch.zeros(3), first=torch.zeros(3))
@@ -335,10 +336,10 @@ def test_a_first_step_is_not_captured(monkeypatch):
     MultiTensor().step([slot], [Hyper(0.1, momentum=0.9)], rule="sgd")
 
 
-def test_no_gradient_is_kept_alive_and_a_parameter_until_the_next_step_only():
+def test_no_gradient_is_kept_alive_and_a_parameter_until_the_next_step_only(device):
     """A weak reference to a parameter would keep torch from swapping it for another."""
-    w, other = torch.randn(8, 8), Slot(torch.randn(8, 8), torch.randn(8, 8))
-    slot = Slot(w, torch.randn(8, 8), range=torch.empty(1, 2), fresh=True)
+    w, other = torch.randn(8, 8).to(device), Slot(torch.randn(8, 8).to(device), torch.randn(8, 8).to(device))
+    slot = Slot(w, torch.randn(8, 8).to(device), range=torch.empty(1, 2, device=device), fresh=True)
     multi, g = MultiTensor(), weakref.ref(slot.g)
     multi.step([slot], [Hyper(0.1, target="grid", qmax=7)], rule="sgd")
     multi.written([slot])

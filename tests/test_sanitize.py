@@ -300,6 +300,7 @@ def test_without_a_gpu_it_says_so(fake, monkeypatch):
         sanitize.gpu()
 
 
+@pytest.mark.interpreted
 def test_the_doctor_takes_the_command_and_its_report_is_read(capsys):
     real = sanitize.doctor("_params_kernel: grid, 1 parts")
     assert real[1:3] == ["-m", "fqt"] and cli.main(real[3:]) == 0

@@ -176,6 +176,36 @@ def test_the_last_to_arrive_needs_a_barrier_a_release_and_an_acquire(barrier, se
 
 
 @triton.jit
+def _added_kernel(sum_ptr, ticket_ptr, out_ptr, BARRIER: tl.constexpr, SEM: tl.constexpr, TAKE: tl.constexpr):
+    """All add to the same sum, which the last to arrive loads or takes away."""
+    at = tl.arange(0, 512)
+    tl.atomic_add(sum_ptr + at, at + tl.program_id(0), sem="relaxed")
+    if BARRIER:
+        tl.debug_barrier()
+    if tl.atomic_add(ticket_ptr, 1, sem=SEM) == 3:
+        if TAKE:
+            tl.store(out_ptr + at, tl.atomic_xchg(sum_ptr + at, at * 0, sem="relaxed"))
+        else:
+            tl.store(out_ptr + at, tl.load(sum_ptr + at))
+
+
+@pytest.mark.parametrize("take", [False, True])
+@pytest.mark.parametrize(
+    ("barrier", "sem", "right"), [(True, "acq_rel", True), (False, "acq_rel", False), (True, "acquire", False)]
+)
+def test_what_all_have_added_up_needs_the_same(barrier, sem, right, take):
+    for order in (sanitizer.in_order, sanitizer.shuffled(1)):
+        tensors = (
+            torch.zeros(512, dtype=torch.int32),
+            torch.zeros(1, dtype=torch.int32),
+            torch.zeros(512, dtype=torch.int32),
+        )
+        found = run(_added_kernel, *tensors, order=order, BARRIER=barrier, SEM=sem, TAKE=take)
+        assert (found == []) == right, found
+        assert tensors[2].tolist() == [4 * i + 6 for i in range(512)]  # one after the other they are right all the same
+
+
+@triton.jit
 def _read_by_all_kernel(x_ptr, out_ptr):
     me = tl.program_id(0)
     if me < 3:

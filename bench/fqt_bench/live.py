@@ -49,9 +49,17 @@ def count(steps: int, device: torch.device, roots: Mapping[str, object]) -> Reco
         allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
         peak = torch.cuda.max_memory_allocated(device)
     else:
-        storages = {s._cdata: s.nbytes() for t in tensors if torch._C._has_storage(t) and (s := t.untyped_storage())}
-        allocated = sum(storages.values())
+        allocated = sum(dict(filter(None, map(_storage, tensors))).values())
     return Record(steps, allocated, reserved, peak, _resident(), dict(kinds), cache_sizes(roots))
+
+
+def _storage(t: Tensor) -> tuple[int, int] | None:
+    """(which it is, its bytes) of a tensor's storage, None where it has none or one of unknown size: of a trace."""
+    try:
+        storage = t.untyped_storage()
+        return storage._cdata, storage.nbytes()
+    except RuntimeError:
+        return None
 
 
 def _resident() -> int:

@@ -223,7 +223,7 @@ def conv_wgrad(
             f"conv_wgrad: a filter of {columns} weights whose gradients are sums that {splits} programs share: a grid's "
             f"second axis holds 65 535 programs, {65_535 * _SUM_COLUMNS} weights"
         )
-    if is_wide(min(block_m, o // g.groups) * stride_part):
+    if min(block_m, o // g.groups) * stride_part >= 2**31:
         raise ValueError(f"conv_wgrad: a tile of {block_m} filters of {columns} weights have 2³¹ weights or more")
     parts = torch.empty(splits, o, stride_part, dtype=torch.int32, device=a.device)
     if out is None:

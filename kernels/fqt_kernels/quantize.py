@@ -269,7 +269,7 @@ def quantize(
                 f"{tuple(x.shape)} {granularity}{', transposed' * cols}{', with stats' * (stats is not None)}"
             )
         block_m, block_n = block
-        if kernel == "long_rows" and is_wide(n + block_n):
+        if kernel == "long_rows" and n + block_n >= 2**31:
             raise ValueError(f"kernel {kernel!r} steps along a row in int32, got rows of {n} elements")
         if kernel == "rows":
             warps, grid, launch = 8 if block_m * block_n > 4096 else 4, triton.cdiv(m, block_m), _rows_kernel
