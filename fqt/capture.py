@@ -56,6 +56,8 @@ class Constants(Generic[T]):
                 return value
         value = self._make(*of)
         if not capturing:
+            if torch.device(of[-1]).type == "cuda":  # another stream may read it next
+                torch.cuda.current_stream(of[-1]).synchronize()
             with self._lock:
                 self._known[of] = value
                 while len(self._known) > self._limit:

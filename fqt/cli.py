@@ -88,7 +88,8 @@ def _parser() -> argparse.ArgumentParser:
         "only": ("PATTERN", str, "only checks whose 'KERNEL: case', or KERNEL alone, is like this; * and ? as in files"),
         "repeat": ("N", positive, "launch every kernel N more times on the same memory and compare every byte; what kernels "
                    "write lies between guard bands"),
-        "out": ("FILE", str, "write the report as JSON, with the environment, beside what is printed"),
+        "out": ("FILE", str, "write the report as JSON, with the environment, beside what is printed; anew after every "
+                "check"),
     }  # fmt: skip
     for name, (metavar, kind, text) in options.items():
         doctor.add_argument(f"--{name}", metavar=metavar, type=kind, default=argparse.SUPPRESS, help=text)
@@ -133,9 +134,9 @@ def _doctor(args: argparse.Namespace) -> int:
     from . import doctor
 
     given = vars(args)
-    out = doctor.writable(given["out"]) if "out" in given else None
-    report = doctor.run(**{name: given[name] for name in ("repeat", "only") if name in given})
+    out = {"out": doctor.writable(given["out"])} if "out" in given else {}
+    report = doctor.run(**{name: given[name] for name in ("repeat", "only") if name in given}, **out)
     print(json.dumps(report, indent=1, allow_nan=False) if args.json else doctor.summary(report), flush=True)
-    if out is not None:
-        doctor.write(out, report)
+    if report.get("stopped") == "interrupted":
+        return INTERRUPTED
     return 0 if report["ok"] else 1

@@ -39,15 +39,18 @@ INSTALL = "pip install 'fqt-kernels[demo]'"
 
 
 def run(
-    *, epochs: int = 8, seeds: int = 3, bits: Sequence[int] = (2,), device: str = "auto", out: str = "fqt-demo"
-) -> dict[str, Any]:
+    *, epochs: int = 8, seeds: int = 3, bits: Sequence[int] = (2,), device: str = "auto", out: str = "fqt-demo",
+    draw: bool = True,
+) -> dict[str, Any]:  # fmt: skip
     """Train every recipe, save demo.json and demo.png under `out`, and return what demo.json holds.
+
+    draw: save demo.png, which needs matplotlib.
 
     Raises:
         UsageError: a missing extra, a device that is not there, or a folder that cannot be written.
     """
     where = _device(device)
-    _check_extras()
+    _check_extras(draw)
     _check_folder(out)
     data = load_digits()
     low = [f"{family}{b}" for b in dict.fromkeys(bits) for family in ("ptq", "psq", "bhq") if b != 8]
@@ -68,11 +71,12 @@ def run(
                       "batch": BATCH, "learning_rate": LEARNING_RATE, "momentum": MOMENTUM, "draws": DRAWS},
         "recipes": recipes,
     }  # fmt: skip
-    files = [os.path.join(out, name) for name in ("demo.json", "demo.png")]
+    files = [os.path.join(out, name) for name in ("demo.json", "demo.png")[: 1 + draw]]
     with open(files[0], "w", encoding="utf-8") as f:
         json.dump(result, f, indent=1, allow_nan=False)
-    plot(result, files[1])
-    _log(f"saved {files[0]} and {files[1]}")
+    if draw:
+        plot(result, files[1])
+    _log(f"saved {' and '.join(files)}")
     return result
 
 
@@ -257,8 +261,9 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 
-def _check_extras() -> None:
-    missing = [name for name in ("rich", "matplotlib") if importlib.util.find_spec(name) is None]
+def _check_extras(draw: bool) -> None:
+    needed = {"rich": sys.stderr.isatty(), "matplotlib": draw}  # the bar is drawn on a terminal alone
+    missing = [name for name, used in needed.items() if used and importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"the demo needs {' and '.join(missing)}: {INSTALL}")
 

@@ -9,6 +9,7 @@ import platform
 import shutil
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -22,14 +23,18 @@ from .cli import UsageError, table
 from .selftest import Check, formats_with_kernels, kernel_checks, layer_checks, reference_checks
 
 
-def run(repeat: int = 0, only: str | None = None) -> dict[str, Any]:
-    """Gather the report: plain values, ready for JSON; "ok" is false where a check failed.
+def run(repeat: int = 0, only: str | None = None, out: Path | None = None) -> dict[str, Any]:
+    """Gather the report: plain values, ready for JSON; "ok" is true once every check has run and passed.
+
+    An interruption ends the checks, and so does a failed check that leaves the GPU unusable: "stopped" then says why,
+    "not_run" names the checks that did not run or did not end, and "finished" stays false.
 
     repeat: launch every kernel of the checks so often again, and compare every byte (`fqt.replay`), in memory between guard
-    bands. only: run the checks whose "KERNEL: case", or KERNEL alone, matches; * and ? as in files.
+    bands. only: run the checks whose "KERNEL: case", or KERNEL alone, matches; * and ? as in files. out: the file that
+    the report is written to, with the environment, before the first check and after every one.
 
     Raises:
-        UsageError: no check matches; no kernel is launched that could be repeated.
+        UsageError: no check matches; no kernel is launched that could be repeated; the file cannot be written.
     """
     how, device, reason = _kernels_run()
     if repeat and how == "not run":
@@ -40,15 +45,7 @@ def run(repeat: int = 0, only: str | None = None) -> dict[str, Any]:
     checks += [*layer_checks(device, how == "interpreter")]
     if only is not None:
         checks = _matching(checks, only, f"; {reason}" if how == "not run" else "")
-    results = []
-    for done, check in enumerate(checks, 1):
-        _progress(f"{done}/{len(checks)} {check.kernel}: {check.case}")
-        results.append(_repeated(check, repeat) if repeat else _verdict(check))
-    _progress("")
-    ok = all(result["ok"] for result in results)
-    if repeat and ok and not any(result["launches"] for result in results):
-        raise UsageError(f"--repeat {repeat}: none of the {len(checks)} checks launches a kernel")
-    return {
+    report = {
         "versions": _versions(),
         "devices": _devices(),
         "c_compiler": c_compiler(),
@@ -57,14 +54,43 @@ def run(repeat: int = 0, only: str | None = None) -> dict[str, Any]:
         "kernels": {"run": how, "device": str(device), "reason": reason},
         "repeat": repeat,
         "only": only,
-        "checks": results,
+        "checks": [],
+        "not_run": [_name(check) for check in checks],
+        "stopped": None,
         "dispatch": _choices(),
-        "ok": ok,
+        "finished": False,
+        "ok": False,
     }
+    record = _environment(device) if out is not None else None
+    try:
+        for done, check in enumerate(checks, 1):
+            if out is not None:
+                write(out, report, record)
+            _progress(f"{done}/{len(checks)} {_name(check)}", lines=bool(repeat) or out is not None)
+            result = _repeated(check, repeat) if repeat else _verdict(check)
+            report |= {"checks": [*report["checks"], result], "not_run": report["not_run"][1:]}
+            if not result["ok"] and (why := _unusable(device)):
+                report["stopped"] = f"{_name(check)} left the GPU unusable: {why}"
+                break
+    except KeyboardInterrupt:
+        report["stopped"] = "interrupted"
+    _progress("")
+    ok = all(result["ok"] for result in report["checks"])
+    if report["stopped"] is None:
+        if repeat and ok and not any(result["launches"] for result in report["checks"]):
+            raise UsageError(f"--repeat {repeat}: none of the {len(checks)} checks launches a kernel")
+        report |= {"finished": True, "ok": ok}
+    if out is not None:
+        write(out, report, record)
+    return report
+
+
+def _name(check: Check) -> str:
+    return f"{check.kernel}: {check.case}"
 
 
 def _matching(checks: Sequence[Check], only: str, why: str) -> list[Check]:
-    found = [c for c in checks if fnmatchcase(f"{c.kernel}: {c.case}", only) or fnmatchcase(c.kernel, only)]
+    found = [c for c in checks if fnmatchcase(_name(c), only) or fnmatchcase(c.kernel, only)]
     if not found:
         known = ", ".join(dict.fromkeys(check.kernel for check in checks))
         raise UsageError(f"--only {only}: no check 'KERNEL: case' is like this; there are checks of {known}{why}")
@@ -83,19 +109,19 @@ def writable(file: str) -> Path:
     return path
 
 
-def write(path: Path, report: dict[str, Any]) -> None:
-    """Write the report as JSON, with what it was run on as `fqt bench` records it. Raises UsageError.
-
-    "environment" is None where fqt_bench is not installed.
-    """
+def _environment(device: torch.device) -> dict[str, Any] | None:
+    """What it is run on as `fqt bench` records it; None where fqt_bench is not installed."""
     try:
         from fqt_bench.environment import environment
     except ModuleNotFoundError as e:
         if e.name not in ("fqt_bench", "fqt_bench.environment"):
             raise
-        record = None
-    else:
-        record = environment(torch.device(report["kernels"]["device"]))
+        return None
+    return environment(device)
+
+
+def write(path: Path, report: dict[str, Any], record: dict[str, Any] | None) -> None:
+    """Write the report as JSON, with the record of the environment, in one step. Raises UsageError."""
     text = json.dumps({"environment": record, **report}, indent=1, ensure_ascii=False, allow_nan=False)
     try:
         safefile.replace(path, text + "\n")
@@ -156,7 +182,8 @@ def _checks_table(report: dict[str, Any]) -> str:
 
 
 def _conclusion(report: dict[str, Any], failures: int) -> str:
-    checks, repeat, lines = _count(len(report["checks"]), "check"), report["repeat"], []
+    ran, repeat, lines = len(report["checks"]), report["repeat"], []
+    checks, asked = _count(ran, "check"), ran + len(report["not_run"])
     if repeat:
         names = "repeated", "different", "skipped"
         repeated, different, skipped = (sum(r[name] for r in report["checks"]) for name in names)
@@ -165,10 +192,15 @@ def _conclusion(report: dict[str, Any], failures: int) -> str:
         if skipped:
             why = "; ".join(dict.fromkeys(reason for r in report["checks"] for reason in r["why_skipped"]))
             lines.append(f"{_count(skipped, 'launch', 'es')} not repeated: {why}")
-    passed = f"{'' if len(report['checks']) == 1 else 'all '}{checks} passed"
+    passed = f"{'' if asked == 1 or not report['finished'] else 'all '}{checks} passed"
     lines.append(f"{failures} of {checks} FAILED" if failures else passed)
     if report["kernels"]["run"] == "not run":
         lines[-1] += "; no kernel was launched, so that this says nothing about kernels"
+    if stopped := report["stopped"]:
+        word, why = ("interrupted", "") if stopped == "interrupted" else ("stopped", f": {stopped}")
+        lines.append(f"{word} after {ran} of {_count(asked, 'check')}{why}")
+        if kernels := Counter(name.partition(": ")[0] for name in report["not_run"]):
+            lines.append(f"not run: {', '.join(f'{kernel} ({n})' for kernel, n in kernels.items())}")
     return "\n".join(lines)
 
 
@@ -324,6 +356,16 @@ def _repeated(check: Check, repeat: int) -> dict[str, Any]:
     return result
 
 
+def _unusable(device: torch.device) -> str:
+    """Why nothing can be launched on the GPU any more, as after an illegal access: "" where it can."""
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError as e:
+            return _words(e)
+    return ""
+
+
 def _words(e: Exception) -> str:
     return f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
 
@@ -348,7 +390,9 @@ def _compare(got: Tensor, want: Tensor, bound: Tensor | float) -> tuple[bool, fl
     return True, largest, of_bound, f"differs by up to {largest:.3g}, within the bound" if largest else ""
 
 
-def _progress(text: str) -> None:
-    """One line on stderr, rewritten in place; nothing where stderr is no terminal."""
+def _progress(text: str, lines: bool = False) -> None:
+    """One line on stderr, rewritten in place; where stderr is no terminal nothing, or with `lines` a line for each text."""
     if sys.stderr.isatty():
         print(f"\r\x1b[K{text[: shutil.get_terminal_size().columns - 1]}", end="", file=sys.stderr, flush=True)
+    elif lines:
+        print(text, file=sys.stderr, flush=True)

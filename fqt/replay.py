@@ -123,7 +123,7 @@ def recording(repetitions: int, limit: int = LIMIT) -> Iterator[Recording]:
 
 
 def _recorded(run: Callable[..., Any], seen: Recording) -> Callable[..., Any]:
-    def recorded(kernel, *args, grid, warmup, **kwargs):
+    def recorded(kernel, /, *args, grid, warmup, **kwargs):  # an argument of the launch may be called `kernel` too
         launch = lambda: run(kernel, *args, grid=grid, warmup=warmup, **kwargs)  # noqa: E731
         if warmup:
             return launch()

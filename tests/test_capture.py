@@ -194,6 +194,20 @@ def test_a_first_step_is_refused_and_changes_nothing(backend, held, optimizer, m
         stepper.step()
 
 
+@pytest.mark.parametrize("kind", [PositionScaled, PSGD])
+def test_a_threshold_that_a_new_target_needs_is_not_first_made_in_a_capture(kind, monkeypatch):
+    w = torch.nn.Parameter(torch.randn(4, 6))
+    optimizer = PSGD([w], lr=0.1) if kind is PSGD else PositionScaled(torch.optim.SGD([w], lr=0.1))
+    w.grad = torch.randn(4, 6)
+    optimizer.step()
+    optimizer.param_groups[0]["target"] = "grid+zero"
+    with pretended(monkeypatch), pytest.raises(ValueError, match=r"no threshold yet: a first step cannot be captured"):
+        optimizer.step()
+    optimizer.step()
+    with pretended(monkeypatch):
+        optimizer.step()
+
+
 def values(model):
     return [p.dequantize() if isinstance(p, Int8Weight) else p.detach().clone() for p in model.parameters()]
 

@@ -63,7 +63,7 @@ def test_a_device_that_is_not_there_is_one_line(monkeypatch, capsys):
     assert one_line(err := capsys.readouterr().err) and "sees no GPU" in err
 
 
-@pytest.mark.parametrize("missing", [["rich"], ["matplotlib"], ["mlxtend", "sklearn"]])
+@pytest.mark.parametrize("missing", [["matplotlib"], ["mlxtend", "sklearn"]])
 def test_a_missing_extra_is_one_line_that_says_what_to_install(missing, monkeypatch, tmp_path, capsys):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in missing else find(name, *rest))

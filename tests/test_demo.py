@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -12,8 +13,7 @@ import fqt
 from fqt import cli, demo
 
 needs_extras = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("rich", "matplotlib")),
-    reason="the demo's extras are not installed",
+    importlib.util.find_spec("matplotlib") is None, reason="matplotlib, which draws demo.png, is not installed"
 )
 NAMES = [*demo.EIGHT_BITS, "ptq2", "psq2", "bhq2"]
 
@@ -169,6 +169,43 @@ def test_some_diverged_runs_are_counted_beside_the_mean():
     statistics = demo._statistics([good, bad, {**good, "accuracy": 0.7}])
     assert statistics["diverged"] == 1 and math.isclose(statistics["accuracy_mean"], 0.6)
     assert demo._accuracy(statistics, 3) == "60.00 ± 14.14, 1 of 3 diverged"
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """without(*names): these packages are not installed."""
+
+    def remove(*names):
+        find = importlib.util.find_spec
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in names else find(name, *a))
+        for name in names:
+            monkeypatch.setitem(sys.modules, name, None)
+            for loaded in [loaded for loaded in sys.modules if loaded.startswith(f"{name}.")]:
+                monkeypatch.delitem(sys.modules, loaded)
+
+    return remove
+
+
+def test_undrawn_results_need_neither_matplotlib_nor_in_a_pipe_rich(tiny, without, tmp_path, capsys):
+    without("rich", "matplotlib")
+    result = demo.run(epochs=1, seeds=1, bits=(8,), device="cpu", out=str(tmp_path), draw=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["demo.json"]
+    assert result == json.loads((tmp_path / "demo.json").read_text())
+    assert capsys.readouterr().err.endswith(f"saved {tmp_path / 'demo.json'}\n")
+
+
+@pytest.mark.parametrize(
+    ("terminal", "draw", "words"),
+    [(True, True, "rich and matplotlib"), (True, False, "rich"), (False, True, "matplotlib")],
+)  # fmt: skip
+def test_a_package_that_is_used_and_missing_is_named_before_any_training(
+    terminal, draw, words, without, monkeypatch, tmp_path
+):
+    without("rich", "matplotlib")
+    monkeypatch.setattr(demo, "load_digits", lambda: 1 / 0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    with pytest.raises(cli.UsageError, match=f"^the demo needs {words}: pip install"):
+        demo.run(device="cpu", out=str(tmp_path), draw=draw)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="scikit-learn is not installed")

@@ -6,6 +6,7 @@ import importlib
 import json
 import pathlib
 import re
+import signal
 import sys
 import types
 import weakref
@@ -376,3 +377,148 @@ def test_out_holds_the_report_and_the_environment(no_kernels, monkeypatch, tmp_p
         importlib.import_module("fqt_bench.environment")
     assert cli.main(["doctor", "--out", str(file), "--json"]) == 0
     assert json.loads(file.read_text()) == {"environment": None, **json.loads(capsys.readouterr().out)}
+
+
+# ---- a run that does not get to its end
+
+
+@pytest.fixture
+def faked(monkeypatch):
+    """faked(**runs): the doctor has these checks alone, of kernels _NAME_kernel, on a GPU that is not there."""
+    monkeypatch.setattr(doctor, "_kernels_run", lambda: ("hardware", torch.device("cuda", 0), "run on a fake"))
+    monkeypatch.setattr(doctor, "_environment", lambda device: {"device": str(device)})
+    monkeypatch.setattr(doctor, "reference_checks", list)
+    monkeypatch.setattr(doctor, "layer_checks", lambda *_: [])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+
+    def checked(**runs):
+        checks = [selftest.Check(f"_{name}_kernel", "a case", run) for name, run in runs.items()]
+        monkeypatch.setattr(doctor, "kernel_checks", lambda *_: checks)
+
+    return checked
+
+
+def passes():
+    return {"out": (torch.ones(2), torch.ones(2), 0.0)}
+
+
+def raises():
+    raise RuntimeError("an illegal memory access was encountered")
+
+
+def test_out_is_written_before_every_check_and_so_outlives_a_kill(faked, tmp_path, capsys):
+    file, seen = tmp_path / "doctor.json", []
+
+    def looks():
+        seen.append(json.loads(file.read_text()))
+        return passes()
+
+    faked(a=looks, b=looks, c=looks)
+    assert cli.main(["doctor", "--out", str(file), "--json"]) == 0
+    names = ["_a_kernel: a case", "_b_kernel: a case", "_c_kernel: a case"]
+    assert [[f"{check['kernel']}: {check['case']}" for check in part["checks"]] for part in seen] == [
+        [], names[:1], names[:2]
+    ]  # fmt: skip
+    assert [part["not_run"] for part in seen] == [names, names[1:], names[2:]]
+    assert not any(part["finished"] or part["ok"] for part in seen)
+    assert all(part["environment"] == {"device": "cuda:0"} and part["dispatch"] for part in seen)
+    report = json.loads(file.read_text())
+    assert report["finished"] and report["ok"] and report["not_run"] == [] and len(report["checks"]) == 3
+    assert report == {"environment": {"device": "cuda:0"}, **json.loads(capsys.readouterr().out)}
+
+
+@pytest.mark.parametrize("out", [True, False])
+def test_an_interrupted_run_keeps_and_prints_what_it_found(out, faked, tmp_path, capsys):
+    faked(a=passes, b=raises, c=lambda: signal.raise_signal(signal.SIGINT), d=passes)
+    file = tmp_path / "doctor.json"
+    assert cli.main(["doctor", *(["--out", str(file)] if out else [])]) == 130
+    text = capsys.readouterr().out
+    assert "FAILED _b_kernel: a case: RuntimeError" in text
+    assert text.endswith(
+        "1 of 2 checks FAILED\ninterrupted after 2 of 4 checks\nnot run: _c_kernel (1), _d_kernel (1)\n"
+    )
+    assert file.exists() == out
+    if out:
+        report = json.loads(file.read_text())
+        assert (report["stopped"], report["finished"], report["ok"]) == ("interrupted", False, False)
+        assert [check["ok"] for check in report["checks"]] == [True, False]
+        assert report["not_run"] == ["_c_kernel: a case", "_d_kernel: a case"]
+
+
+def test_an_interrupted_run_without_a_failure_claims_nothing_of_all_checks(faked, capsys):
+    faked(a=passes, b=lambda: signal.raise_signal(signal.SIGINT))
+    assert cli.main(["doctor"]) == 130
+    assert capsys.readouterr().out.endswith(
+        "\n1 check passed\ninterrupted after 1 of 2 checks\nnot run: _b_kernel (1)\n"
+    )
+
+
+@pytest.mark.parametrize("repeat", [[], ["--repeat", "2"]])
+def test_checks_end_where_the_gpu_is_unusable(repeat, faked, monkeypatch, tmp_path, capsys):
+    ran, broken = [], []
+
+    def synchronize(device):
+        assert device == torch.device("cuda", 0)
+        if broken:
+            raises()
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    faked(a=passes, b=lambda: broken.append(1) or raises(), c=lambda: ran.append(1), d=passes)
+    file = tmp_path / "doctor.json"
+    assert cli.main(["doctor", "--out", str(file), *repeat]) == 1
+    assert not ran
+    text, why = capsys.readouterr().out, "RuntimeError: an illegal memory access was encountered"
+    stopped = f"_b_kernel: a case left the GPU unusable: {why}"
+    assert f"FAILED _b_kernel: a case: {why}" in text
+    assert text.endswith(f"\nstopped after 2 of 4 checks: {stopped}\nnot run: _c_kernel (1), _d_kernel (1)\n")
+    report = json.loads(file.read_text())
+    assert (report["stopped"], report["finished"], report["ok"]) == (stopped, False, False)
+    assert report["not_run"] == ["_c_kernel: a case", "_d_kernel: a case"]
+
+
+def test_checks_go_on_after_a_failure_that_the_gpu_survives(faked, capsys):
+    faked(a=raises, b=passes)
+    assert cli.main(["doctor", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert [check["ok"] for check in report["checks"]] == [False, True]
+    assert (report["stopped"], report["finished"], report["not_run"]) == (None, True, [])
+
+
+def test_a_report_that_cannot_be_written_ends_the_run_before_any_check(faked, monkeypatch, tmp_path, capsys):
+    def replace(*_):
+        raise OSError(28, "No space left on device")
+
+    faked(a=lambda: 1 / 0)
+    monkeypatch.setattr(doctor.safefile, "replace", replace)
+    assert cli.main(["doctor", "--out", str(tmp_path / "doctor.json")]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and "doctor.json: cannot be written: No space left on device" in captured.err
+
+
+def test_progress_is_a_line_a_check_in_a_pipe_if_the_run_is_long_or_kept(faked, numbers, tmp_path, capsys):
+    faked(a=passes, b=passes)
+    lines = "1/2 _a_kernel: a case\n2/2 _b_kernel: a case\n"
+    for arguments, err in (([], ""), (["--out", str(tmp_path / "doctor.json")], lines)):
+        assert cli.main(["doctor", *arguments]) == 0 and capsys.readouterr().err == err
+    numbers(one={}, two={})
+    assert cli.main(["doctor", "--repeat", "1"]) == 0
+    assert capsys.readouterr().err == "1/2 _numbers_kernel: one\n2/2 _numbers_kernel: two\n"
+
+
+def test_on_a_terminal_progress_is_one_line_rewritten_and_then_cleared(faked, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    faked(a=passes, b=passes)
+    assert cli.main(["doctor", "--out", str(tmp_path / "doctor.json")]) == 0
+    assert capsys.readouterr().err == "\r\x1b[K1/2 _a_kernel: a case\r\x1b[K2/2 _b_kernel: a case\r\x1b[K"
+
+
+def test_the_kernel_of_hopper_is_checked_after_all_others(monkeypatch):
+    from fqt_kernels import gemm_hopper
+
+    if gemm_hopper.ABSENT:
+        pytest.skip(gemm_hopper.ABSENT)
+    monkeypatch.setattr(dispatch, "device_info", lambda device: ("sm90", 132))
+    kernels = [check.kernel for check in selftest.kernel_checks(torch.device("cuda", 0))]
+    count = kernels.count("_hopper_scaled_mm_kernel")
+    assert 0 < count < len(kernels) and set(kernels[-count:]) == {"_hopper_scaled_mm_kernel"}
+    assert {"_psgd_kernel", "_int8_step_kernel", "_scaled_mm_kernel"} < set(kernels)

@@ -1,6 +1,7 @@
 """Laws of the kernel's steps where something changes between them: options, shapes, dtypes, parameters; and of captures."""
 
 import gc
+import itertools
 import weakref
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 import fqt
-from fqt.optim import PSGD, PositionScaled, PSGDAdamW, fused
+from fqt.optim import PSGD, PositionScaled, PSGDAdamW, fused, loop
 from fqt_kernels import psgd, psgd_table
 
 
@@ -197,3 +198,15 @@ def test_torch_can_swap_a_parameter_that_was_stepped(device):
             model(torch.randn(8, 16).to(device, dtype)).sum().backward()
             optimizer.step()
     assert model[0].weight.dtype == torch.bfloat16 and bool(model[0].weight.isfinite().all())
+
+
+def test_a_loops_moment_has_the_dtype_that_its_weight_has_now():
+    """And stays in its memory while that does not change: replays of a CUDA graph advance it."""
+    state, seen = {}, []
+    for dtype in (torch.float32, torch.float32, torch.bfloat16, torch.bfloat16):
+        w = torch.randn(4, 16, dtype=dtype)
+        loop.sgd_step(w, w.float(), state, None, lr=0.1, momentum=0.9, dampening=0.0, weight_decay=0.0, nesterov=False,
+                      position="grad")  # fmt: skip
+        seen.append(state["momentum_buffer"])
+    assert [m.dtype for m in seen] == [torch.float32] * 2 + [torch.bfloat16] * 2
+    assert [a is b for a, b in itertools.pairwise(seen)] == [True, False, True]

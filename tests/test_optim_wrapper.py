@@ -150,6 +150,22 @@ def test_the_inner_optimizers_own_checkpoint_can_be_loaded():
     assert set(optimizer.state_dict()) == {"optimizer", "position"}
 
 
+def test_ranges_go_back_to_those_of_a_checkpoint_held_in_memory():
+    """Later steps write the optimizer's own."""
+    (w,) = parameters([(4, 6)])
+    optimizer = PositionScaled(torch.optim.SGD([w], lr=0.125), target="grid+zero")
+    give_gradients(optimizer, seed=0)
+    optimizer.step()
+    kept = optimizer.state_dict()
+    before = {name: t.clone() for name, t in optimizer.position_state[w].items()}
+    give_gradients(optimizer, seed=1)
+    optimizer.step()
+    assert not torch.equal(optimizer.position_state[w]["range"], before["range"])
+    optimizer.load_state_dict(kept)
+    for name, t in before.items():
+        assert torch.equal(optimizer.position_state[w][name], t), name
+
+
 def test_what_cannot_be_wrapped_or_scaled_is_refused():
     for wrong in (PSGD(parameters(SHAPES), lr=0.1), PositionScaled(torch.optim.SGD(parameters(SHAPES))), "sgd"):
         with pytest.raises(TypeError, match="does not scale by position itself, got"):

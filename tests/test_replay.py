@@ -64,6 +64,19 @@ def test_a_launch_in_place_repeats_and_leaves_the_memory_as_one_launch_does(devi
     assert seen.kernels == {"_add_one_kernel": 1}
 
 
+@triton.jit
+def _named_kernel(kernel, seen, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    tl.store(kernel + offs, tl.load(kernel + offs) + seen)
+
+
+def test_an_argument_of_a_launch_may_have_any_name(device):
+    x = torch.zeros(16, device=device)
+    with replay.recording(2) as seen:
+        _named_kernel[(1,)](kernel=x, seen=1, BLOCK=16)
+    assert x.tolist() == [1.0] * 16 and (seen.repeated, seen.faults) == (1, [])
+
+
 def test_every_repetition_launches(device, hidden):
     out = torch.zeros(4, dtype=torch.int32, device=device)
     with replay.recording(5):

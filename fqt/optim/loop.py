@@ -47,10 +47,10 @@ def scale_of(w: Tensor, p: Position, state: dict) -> Tensor | None:
 
 def keep(state: dict, name: str, value: Tensor, dtype: torch.dtype | None = None) -> None:
     """Write a value into the tensor of that name, which the replays of a CUDA graph advance; make it, of dtype, if there is
-    none of the value's shape."""
-    held = state.get(name)
-    if held is None or held.shape != value.shape:
-        state[name] = value.to(dtype or value.dtype, copy=True)
+    none of the value's shape and of that dtype."""
+    held, dtype = state.get(name), dtype or value.dtype
+    if held is None or held.shape != value.shape or held.dtype != dtype:
+        state[name] = value.to(dtype, copy=True)
     else:
         held.copy_(value)
 

@@ -128,13 +128,17 @@ class PositionScaled(torch.optim.Optimizer):
     # ---- checkpoints and copies
 
     def state_dict(self) -> dict:
-        """{"optimizer": the inner one's, "position": {number of the parameter: range and threshold}}; of a target that is a
-        function only that it was one."""
+        """{"optimizer": the inner one's, "position": {number of the parameter: copies of range and threshold}}; of a target
+        that is a function only that it was one."""
         numbers = {w: i for i, w in enumerate(self._parameters())}
         inner = self.optimizer.state_dict()
         return {
             "optimizer": {**inner, "param_groups": state.saved(inner["param_groups"])},
-            "position": {numbers[w]: dict(held) for w, held in self.position_state.items() if w in numbers},
+            "position": {
+                numbers[w]: {name: t.clone() if isinstance(t, Tensor) else t for name, t in held.items()}
+                for w, held in self.position_state.items()
+                if w in numbers
+            },
         }
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -206,8 +210,10 @@ class _Step(contextlib.AbstractContextManager):
             self._advanced.add(id(w))
             if not state.has_range(held, w, p):
                 held.pop("range", None)
-            if p.has_range and w.numel() and "range" not in held and is_capturing(w.device):
-                refuse(f"a parameter of shape {tuple(w.shape)} has no range yet")
+            if p.has_range and w.numel() and is_capturing(w.device):
+                wanted = ["range", *["threshold"] * (p.target == "grid+zero")]
+                if absent := [name for name in wanted if held.get(name) is None]:
+                    refuse(f"a parameter of shape {tuple(w.shape)} has no {' nor '.join(absent)} yet")
             s = loop.scale_of(w, p, held)
         elif p.has_range and w.numel():  # a further evaluation in this step: the range stays
             s = position_scale(w, p, held["range"], held.get("threshold"))
