@@ -3,12 +3,15 @@
 import collections
 import importlib
 import json
+import math
+import types
 
 import pytest
 import torch
 from torch import nn
 
 import fqt
+from fqt import cli
 from fqt_bench import endurance, live
 from fqt_bench.live import Record
 
@@ -166,9 +169,75 @@ def test_a_loss_that_is_not_finite_ends_the_run(monkeypatch, capsys, short):
     assert "losses: a loss of the last 4 steps before step 4 is not finite" in capsys.readouterr().out
 
 
-def test_the_limit_ends_a_run_and_what_is_too_short_is_not_passed(capsys, short):
-    assert run("--recipes", "int8", "--limit-s", "0") == 1
-    assert "too few to be judged" in capsys.readouterr().out
+def test_what_is_too_short_is_not_judged_which_is_neither_growth_nor_success(capsys, short, tmp_path):
+    """The first round is run in any case: in it the kernels are compiled."""
+    out = tmp_path / "endurance.json"
+    assert run("--recipes", "int8", "--limit-s", "0", "--out", str(out)) == 1
+    said = capsys.readouterr().out
+    assert said.startswith("int8: 4 steps") and said.endswith("not judged: too few counts: 1, 4 are needed\n")
+    (result,) = json.loads(out.read_text())["runs"]
+    assert result["status"] == "not judged" and result["grown"] == [] and "1, 4" in result["not_judged"]
+
+
+@pytest.fixture
+def rounds(monkeypatch, short):
+    """rounds(steps, until): a run of nothing, whose counts cost nothing."""
+    monkeypatch.setattr(endurance, "COUNTS", 10)
+    monkeypatch.setattr(endurance, "count", lambda steps, device, roots: record(steps))
+
+    def of(steps, until=lambda: math.inf, step=lambda number: None):
+        made = endurance.Run("nothing")
+        endurance._rounds(made, step, steps, CPU, until, dict)
+        return made
+
+    return of
+
+
+def test_each_round_is_counted_until_there_are_some_and_long_runs_keep_regular_counts(rounds, monkeypatch):
+    steps = [r.steps for r in rounds(4 * 30).records]
+    assert steps == [4 * i for i in range(3, 31, 3)], "every third of thirty rounds"
+    clock = iter(range(1000))
+    monkeypatch.setattr(endurance, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    cut = rounds(4 * 30, until=lambda: 50)
+    steps = [r.steps for r in cut.records]
+    assert cut.status == "nothing grew" and len(steps) > endurance.DENSE
+    assert steps == [*range(4, 36, 4), 36], "one that is cut short keeps all"
+
+
+def test_the_clock_of_a_run_starts_after_its_first_round(rounds):
+    asked, ran = [], []
+    rounds(16, until=lambda: asked.append(len(ran)) or math.inf, step=ran.append)
+    assert asked == [4] and len(ran) == 16
+
+
+def test_the_time_is_shared_equally_by_the_runs_that_are_left(monkeypatch):
+    shares = []
+    monkeypatch.setattr(endurance, "train", lambda run, r, steps, device, until: shares.append(until()))
+    start = endurance.time.monotonic()
+    assert [r.name for r in endurance.runs([], ["a", "b", "c"], 64, CPU, 9e6)] == ["a", "b", "c"]
+    assert [(share - start) / 1e6 for share in shares] == pytest.approx([3, 4.5, 9], rel=1e-2)
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, RuntimeError])
+def test_what_is_done_is_written_when_the_next_run_is_cut_off(monkeypatch, capsys, short, tmp_path, end):
+    out, step = tmp_path / "endurance.json", endurance.Trainer.step
+
+    def cut(trainer, number):
+        if trainer.recipe == "psq8" and number == 5:
+            raise end
+        step(trainer, number)
+
+    monkeypatch.setattr(endurance.Trainer, "_throw_away", lambda *_: None)
+    monkeypatch.setattr(endurance.Trainer, "step", cut)
+    arguments = "--recipes", "int8", "psq8", "bhq8", "--out", str(out)
+    if end is KeyboardInterrupt:
+        assert run(*arguments) == cli.INTERRUPTED and "psq8: 5 steps" in capsys.readouterr().out
+    else:
+        with pytest.raises(end):
+            run(*arguments)
+    found = [(r["name"], r["status"], r["steps"]) for r in json.loads(out.read_text())["runs"]]
+    cut_off = [("psq8", "not judged", 5)] if end is KeyboardInterrupt else []
+    assert found == [("int8", "nothing grew", 16), *cut_off]
 
 
 def test_weights_that_are_given_and_taken_leave_nothing():

@@ -1,6 +1,8 @@
 """`make gpu`: which parts run, that one that fails or hangs keeps no other from running, and what is left of each."""
 
+import importlib.util
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -45,24 +47,57 @@ def test_every_part_runs_and_leaves_what_it_printed(tmp_path, capfd):
     assert "to stderr" in capfd.readouterr().out
 
 
-def test_a_part_that_hangs_is_ended_with_all_that_it_started(tmp_path, monkeypatch):
+def test_a_part_that_hangs_is_ended_with_all_that_it_started(tmp_path):
     """And told first, so that it can write what it knows."""
-    child = "import time; time.sleep(600)"
+    child = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(600)"
     code = (
         f"import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', {child!r}]); print(p.pid, flush=True)\n"
         "try:\n    time.sleep(600)\nexcept KeyboardInterrupt:\n    print('told', flush=True)"
     )
-    status, verdicts, folder = run_all(tmp_path, hangs=part(code, seconds=5.0), fine=part("pass"))
+    before = (
+        signal.signal(signal.SIGINT, signal.SIG_IGN),
+        signal.getsignal(signal.SIGTERM),
+    )  # as in a shell's background
+    try:
+        hardware._heed_signals()
+        status, verdicts, folder = run_all(tmp_path, hangs=part(code, seconds=5.0), fine=part("pass"))
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
     assert status == 1 and [v["status"] for v in verdicts.values()] == ["out of time", "ok"]
     (log,) = folder.glob("hangs-*.log")
     pid, told = log.read_text().split()[:2]
     assert told == "told"
+    assert_ended(pid)
+
+
+def assert_ended(pid: str) -> None:
     for _ in range(50):
         stat = Path(f"/proc/{pid}/stat")
         if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":
             return
         time.sleep(0.1)
     raise AssertionError("the process that the part started lives on")
+
+
+def test_what_a_part_leaves_behind_is_ended(tmp_path):
+    child = "import time; time.sleep(600)"
+    code = f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', {child!r}]).pid)"
+    status, _, folder = run_all(tmp_path, leaves=part(code))
+    (log,) = folder.glob("leaves-*.log")
+    assert status == 0
+    assert_ended(log.read_text().strip())
+
+
+def test_without_platformdirs_the_store_has_a_place(tmp_path, monkeypatch):
+    monkeypatch.delenv("FQT_CACHE_DIR", raising=False)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "platformdirs" else find(name, *a)
+    )
+    _, _, folder = run_all(tmp_path, says=part("import os; print(os.environ['FQT_CACHE_DIR'])"))
+    (log,) = folder.glob("says-*.log")
+    assert Path(log.read_text().strip()).name == "fqt-cache"
 
 
 def test_a_part_that_there_is_no_time_for_is_named(tmp_path):

@@ -1,153 +1,26 @@
-"""What compute-sanitizer says, read; and the whole command, on a compute-sanitizer and a doctor that are not real."""
+"""The whole command, on a compute-sanitizer and a doctor that are not real."""
 
 import json
 import os
+import select
+import signal
 import stat
 import subprocess
 import sys
 import textwrap
+import types
 
 import pytest
 import torch
+from test_sanitize_report import CLEAN, CLEAN_RACE, FRESH, OOB, SAMPLES
 
 from fqt import cli
 from fqt_bench import sanitize, sanitize_planted
 from fqt_bench.sanitize_report import TOOLS, parse
 
-OOB = """\
-========= COMPUTE-SANITIZER
-========= Invalid __global__ read of size 4 bytes
-=========     at _rows_kernel+0x3d0 in quantize.py:137
-=========     by thread (5,0,0) in block (2,0,0)
-=========     Address 0x7f0c00000200 is out of bounds
-=========     and is 1 bytes after the nearest allocation at 0x7f0c00000000 of size 512 bytes
-=========     Saved host backtrace up to driver entry point at kernel launch time
-=========         Host Frame:  [0x2dd3f1] in libcuda.so.1
-=========
-========= Invalid __global__ read of size 4 bytes
-=========     at _rows_kernel+0x3d0 in quantize.py:137
-=========     by thread (6,0,0) in block (2,0,0)
-=========     Address 0x7f0c00000204 is out of bounds
-=========
-========= ERROR SUMMARY: 2 errors
-"""
-FRESH = """\
-========= COMPUTE-SANITIZER
-========= Uninitialized __global__ memory read of size 16 bytes
-=========     at load_tile+0x100 in statistics.py:70
-=========     by thread (31,0,0) in block (1,0,0)
-=========     Address 0x7f3c7ec000fc
-=========         Device Frame: _tile_kernel+0x2c0 in quantize.py:99
-=========
-========= Uninitialized __global__ memory read of size 4 bytes
-=========     at void at::native::vectorized_elementwise_kernel<(int)4, at::native::FillFunctor<int>>(int, T2, T3)+0x50
-=========     by thread (0,0,0) in block (0,0,0)
-=========     Address 0x7f3c7ec00200
-=========
-========= ERROR SUMMARY: 2 errors
-"""
-RACE = """\
-========= COMPUTE-SANITIZER
-========= Error: Race reported between Write access at _scaled_mm_kernel+0x90 in gemm.py:41
-=========     and Read access at _scaled_mm_kernel+0x100 in gemm.py:51 [508 hazards]
-=========
-========= Warning: Race reported between Write access at _leaders_kernel+0x90 in grouping.py:41
-=========     and Read access at _leaders_kernel+0x100 in grouping.py:51 [4 hazards]
-=========
-========= RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)
-"""
-BARRIER = """\
-========= COMPUTE-SANITIZER
-========= Barrier error detected. Divergent thread(s) in block.
-=========     at _hopper_scaled_mm_kernel+0x15520 in gemm_hopper.py:150
-=========     by thread (128,0,0) in block (0,0,0)
-=========
-========= ERROR SUMMARY: 1 error
-"""
-CLEAN = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"
-CLEAN_RACE = "========= COMPUTE-SANITIZER\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n"
-SAMPLES = {"memcheck": OOB, "initcheck": FRESH, "racecheck": RACE, "synccheck": BARRIER}
-
-
-# ---- reading
-
-
-@pytest.mark.parametrize(
-    "tool, kinds, kernels",
-    [
-        ("memcheck", ["Invalid __global__ read of size 4 bytes"], ["_rows_kernel"]),
-        ("initcheck", ["Uninitialized __global__ memory read of size 16 bytes"], ["_tile_kernel"]),
-        ("racecheck", ["error: Race reported", "warning: Race reported"], ["_scaled_mm_kernel", "_leaders_kernel"]),
-        ("synccheck", ["Barrier error detected. Divergent thread(s) in block"], ["_hopper_scaled_mm_kernel"]),
-    ],
-)
-def test_a_report_is_a_finding_of_its_kernel(tool, kinds, kernels):
-    report = parse(SAMPLES[tool], tool)
-    assert [f.kind for f in report.ours] == kinds and [f.kernel for f in report.ours] == kernels
-    assert not report.problems and all(f.place and f.lines for f in report.findings)
-
-
-def test_the_same_place_counts_up_and_keeps_the_first_report_without_host_frames():
-    (finding,) = parse(OOB, "memcheck").findings
-    assert finding.count == 2 and finding.place == "_rows_kernel+0x3d0 in quantize.py:137"
-    assert "by thread (5,0,0) in block (2,0,0)" in finding.lines and not any("Host Frame" in x for x in finding.lines)
-
-
-def test_a_kernel_of_torchs_is_not_ours():
-    other = parse(FRESH, "initcheck").findings[1]
-    assert not other.ours and "vectorized_elementwise_kernel" in other.kernel
-    text = OOB.replace("_rows_kernel", "void at::native::_cat_kernel<float>(float*)")
-    assert not parse(text, "memcheck").ours
-
-
-def test_the_manuals_own_layout_without_indents_is_read_alike():
-    flat = OOB.replace("=========     ", "========= ").replace("=========         ", "========= ")
-    assert parse(flat, "memcheck").findings == parse(OOB, "memcheck").findings
-
-
-@pytest.mark.parametrize("tool, text", [(tool, CLEAN_RACE if tool == "racecheck" else CLEAN) for tool in TOOLS])
-def test_a_clean_output_has_neither_findings_nor_problems(tool, text):
-    report = parse(text, tool)
-    assert report.errors == 0 and not report.findings and not report.problems
-
-
-@pytest.mark.parametrize(
-    "text, why",
-    [
-        ("", "no summary"),
-        ("Segmentation fault\n", "no summary"),
-        ("========= COMPUTE-SANITIZER\n", "no summary"),
-        (OOB.rpartition("========= ERROR")[0], "no summary"),
-        (OOB.replace("SUMMARY: 2", "SUMMARY: 5"), "the summary counts 5 errors, but 2 were read"),
-        (CLEAN.replace("0 errors", "1,204 errors"), "the summary counts 1204 errors"),
-        (OOB.replace("SUMMARY: 2 errors", "SUMMARY: 9 errors\n========= ERROR SUMMARY: 7 errors were not printed. Use "
-                     "--print-limit option to adjust the number of printed errors"), "7 reports were not printed"),
-        ("========= Error: Target application terminated before first instrumented API call\n" + CLEAN, "terminated"),
-        ("========= Internal Sanitizer Error: The Sanitizer encountered an error while launching _rows_kernel and didn't "
-         "track the launch. Errors might go undetected.\n" + CLEAN, "Internal Sanitizer Error"),
-        ("========= Warning: Detected overflow of tracked cuda::barrier structures.\n" + CLEAN, "overflow"),
-        (OOB.replace("Invalid __global__ read of size 4 bytes", "Something new", 1), "Something new"),
-    ],
-)  # fmt: skip
-def test_what_is_not_understood_is_a_problem_and_never_no_errors(text, why):
-    assert any(why in problem for problem in parse(text, "memcheck").problems)
-
-
-def test_a_race_summary_must_agree_with_its_reports():
-    assert any("counts 3 hazards" in p for p in parse(RACE.replace(": 2 hazards", ": 3 hazards"), "racecheck").problems)
-
-
-def test_an_error_of_a_call_from_the_host_is_no_kernels():
-    head = '========= Program hit CUDA_ERROR_NOT_FOUND (error 500) due to "named symbol not found" on CUDA API call\n'
-    report = parse(head + CLEAN.replace("0 errors", "1 error"), "memcheck")
-    assert not report.ours and not report.problems and report.findings[0].kernel is None
-
-
-# ---- the command
-
 FAKE = """\
 #!{python}
-import json, os, sys, time
+import json, os, signal, sys, time
 arguments = sys.argv[1:]
 if arguments == ["--version"]:
     print("NVIDIA (R) Compute Sanitizer\\nVersion 2025.3.1.0")
@@ -156,9 +29,13 @@ tool, log = (arguments[arguments.index(name) + 1] for name in ("--tool", "--log-
 plan = json.load(open({plan!r}))
 part = plan["planted" if "planted" in " ".join(arguments) else "doctor"][tool]
 with open({calls!r}, "a") as calls:
-    calls.write(json.dumps([arguments, os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING")]) + "\\n")
+    calls.write(json.dumps([arguments, os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING"), os.getpid()]) + "\\n")
 with open(log, "w") as file:
     file.write(part["log"])
+if part.get("stubborn"):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if part.get("interrupt"):
+    os.kill(os.getppid(), signal.SIGINT)
 if part.get("sleep"):
     time.sleep(part["sleep"])
 print(part.get("out", ""))
@@ -201,6 +78,11 @@ def run(folder, *arguments):
     return status, json.loads(out.read_text()) if out.exists() else None
 
 
+def calls_in(folder):
+    """[arguments, what it knows of torch's allocator, process] of each call of the fake."""
+    return [json.loads(line) for line in (folder / "calls").read_text().splitlines()]
+
+
 def test_all_tools_are_run_and_nothing_found_is_success(fake, capsys):
     folder = fake()
     status, result = run(folder, "--only", "_rows*", "--jobs", "2")
@@ -208,16 +90,16 @@ def test_all_tools_are_run_and_nothing_found_is_success(fake, capsys):
     assert (
         result["environment"]["torch"] and "2025.3.1.0" in result["compute_sanitizer"] and result["warm"]["checks"] == 1
     )
-    calls = [json.loads(line) for line in (folder / "calls").read_text().splitlines()]
-    assert len(calls) == 2 * len(TOOLS) and all(caching == "1" for _, caching in calls)
-    assert sum("_rows*" in arguments for arguments, _ in calls) == len(TOOLS)
+    calls = calls_in(folder)
+    assert len(calls) == 2 * len(TOOLS) and all(caching == "1" for _, caching, _ in calls)
+    assert sum("_rows*" in arguments for arguments, *_ in calls) == len(TOOLS)
     assert "memcheck" in capsys.readouterr().out
 
 
 def test_only_tools_that_do_not_follow_writes_are_kept_to_our_kernels(fake):
     folder = fake()
     run(folder)
-    calls = [json.loads(line)[0] for line in (folder / "calls").read_text().splitlines()]
+    calls = [arguments for arguments, *_ in calls_in(folder)]
     filtered = {arguments[arguments.index("--tool") + 1] for arguments in calls if "--kernel-name" in arguments}
     assert filtered == {"racecheck", "synccheck"}
 
@@ -250,7 +132,7 @@ def test_findings_elsewhere_are_listed_and_do_not_fail(fake):
         (
             {"log": CLEAN, "out": DOCTOR.replace("true", "false"), "status": 1},
             "failed",
-            "1 checks fail, first _rows_kernel",
+            "1 checks fail only under the tool, first _rows_kernel",
         ),
     ],
 )
@@ -262,10 +144,93 @@ def test_a_run_that_proves_nothing_is_not_clean(fake, part, status, reason):
 def test_a_tool_that_is_cut_off_tells_what_it_had_found(fake):
     text = OOB.rpartition("========= ERROR")[0]
     folder = fake(doctor={"memcheck": {"log": text, "out": DOCTOR, "sleep": 60}})
-    status, result = run(folder, "--tools", "memcheck", "--timeout-s", "2")
+    status, result = run(folder, "--tools", "memcheck", "--limit-s", "2")
     (tool,) = result["tools"]
     assert status == 1 and tool["status"] == "not finished" and tool["findings"][0]["kernel"] == "_rows_kernel"
-    assert 2 <= tool["seconds"] < 30
+    assert tool["reason"] == "--limit-s 2 is over" and tool["control"] == "reported"
+
+
+def test_the_limit_is_that_of_all_tools_together(fake):
+    """The second is not begun: the first has used the time of both."""
+    folder = fake(doctor={"memcheck": {"log": CLEAN, "out": DOCTOR, "sleep": 60}})
+    status, result = run(folder, "--tools", "memcheck", "racecheck", "--limit-s", "1.5")
+    assert status == 1 and [t["status"] for t in result["tools"]] == ["not finished", "not run"]
+    assert [t["reason"] for t in result["tools"]] == ["--limit-s 1.5 is over"] * 2
+    assert {call[call.index("--tool") + 1] for call, *_ in calls_in(folder)} == {"memcheck"}
+
+
+def test_a_command_may_take_what_the_others_have_left(monkeypatch):
+    clock = types.SimpleNamespace(monotonic=lambda: now)
+    monkeypatch.setattr(sanitize, "time", clock)
+    now = 0.0
+    commands, sleeps = sanitize.Commands(100), [sys.executable, "-c", "import time; time.sleep(10)"]
+    now = 99.9
+    assert commands.run(sleeps)[0] is None and commands.over() == ""
+    now = 100.0
+    assert commands.over() == "--limit-s 100 is over" and commands.run(["no such command"]) == (None, "", "")
+
+
+def test_an_interrupt_ends_what_runs_and_tells_what_was_found(fake, monkeypatch):
+    """Also what does not end when asked to; and nothing more is begun."""
+    monkeypatch.setattr(sanitize, "PATIENCE_S", 0.3)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    cut = {"log": OOB.rpartition("========= ERROR")[0], "sleep": 60, "stubborn": True, "interrupt": True}
+    folder = fake(doctor={"memcheck": cut}, planted={"racecheck": {"log": "", "sleep": 60}})
+    tools = ["memcheck", "racecheck", "initcheck"]
+    try:
+        status, result = run(folder, "--tools", *tools, "--jobs", "2")
+    except KeyboardInterrupt:
+        pytest.fail("the interrupt left the command")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert status == cli.INTERRUPTED
+    assert [t["tool"] for t in result["tools"]] == tools
+    assert [t["status"] for t in result["tools"]] == ["not finished", "not finished", "not run"]
+    assert {t["reason"] for t in result["tools"]} == {"interrupted"}
+    assert result["tools"][0]["findings"][0]["kernel"] == "_rows_kernel"
+    for *_, process in calls_in(folder):
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
+
+
+def test_what_a_command_leaves_behind_is_ended(tmp_path):
+    """Such as the doctor of a sanitizer that has crashed: here a process that keeps a pipe open."""
+    os.mkfifo(tmp_path / "pipe")
+    end = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    left = "import os, sys, time\npipe = open(sys.argv[1], 'w')\nif not os.fork():\n    time.sleep(60)\nos._exit(3)"
+    try:
+        assert sanitize.Commands(60).run([sys.executable, "-c", left, str(tmp_path / "pipe")]) == (3, "", "")
+        assert select.select([end], [], [], 10)[0], "nobody has it open any more"
+    finally:
+        os.close(end)
+
+
+def test_the_file_has_each_tool_once_it_is_done(fake, monkeypatch):
+    written = []
+    monkeypatch.setattr(sanitize.environment, "write", lambda _, result: written.append(json.loads(json.dumps(result))))
+    run(fake(), "--tools", "synccheck", "memcheck")
+    assert [[t["status"] for t in result["tools"]] for result in written] == [
+        ["not run", "not run"], ["clean", "not run"], ["clean", "clean"],
+    ]  # fmt: skip
+
+
+def test_a_check_that_fails_without_a_tool_is_not_held_against_the_tools(fake, monkeypatch, capsys):
+    """It is told of, and the command fails; what fails only under a tool is the tool's."""
+    wrong = CHECKS[0] | {"case": "b", "ok": False, "message": "1 of 4 differ"}
+    warmed, under = (
+        json.dumps({"checks": checks}) for checks in ([*CHECKS, wrong], [CHECKS[0] | {"ok": False}, wrong])
+    )
+    command = [sys.executable, "-c", f"import sys; print({warmed!r}); sys.exit(1)"]
+    monkeypatch.setattr(sanitize, "doctor", lambda only: command)
+    folder = fake(doctor={"memcheck": {"log": CLEAN, "out": warmed, "status": 1},
+                          "synccheck": {"log": CLEAN, "out": under, "status": 1}})  # fmt: skip
+    status, result = run(folder, "--tools", "memcheck", "synccheck")
+    assert [t["status"] for t in result["tools"]] == ["clean", "failed"]
+    assert "1 checks fail only under the tool, first _rows_kernel: a" in result["tools"][1]["reason"]
+    assert result["warm"]["checks"] == 2 and result["warm"]["status"] == 1
+    assert result["warm"]["failed"] == [{"kernel": "_rows_kernel", "case": "b", "message": "1 of 4 differ"}]
+    assert status == 1 and "_rows_kernel: b: 1 of 4 differ" in capsys.readouterr().out
+    assert run(folder, "--tools", "memcheck")[0] == 1, "a kernel is wrong"
 
 
 def test_a_tool_that_is_silent_about_the_planted_fault_is_blind(fake):
@@ -289,7 +254,17 @@ def test_mistakes_end_with_2_and_a_sentence(fake, capsys, monkeypatch):
     monkeypatch.setattr(sanitize, "FALLBACK", folder / "nowhere")
     assert sanitize.main([]) == 2 and "compute-sanitizer" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        sanitize.main(["--timeout-s", "0"])
+        sanitize.main(["--limit-s", "0"])
+
+
+def test_missing_says_why_it_cannot_run(fake, monkeypatch):
+    folder = fake()
+    assert sanitize.missing() == ""
+    monkeypatch.setenv("PATH", str(folder / "nowhere"))
+    monkeypatch.setattr(sanitize, "FALLBACK", folder / "nowhere")
+    assert "CUDA toolkit" in sanitize.missing()
+    monkeypatch.setattr(sanitize, "FALLBACK", folder / "compute-sanitizer")
+    assert sanitize.missing() == "" and sanitize.find() == str(folder / "compute-sanitizer")
 
 
 @pytest.mark.interpreted

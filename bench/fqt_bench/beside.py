@@ -17,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,29 +32,53 @@ Figures = dict[str, Any]
 Runs = dict[str, list[Figures]]
 RULE = (
     "A recipe is within the base's spread if as many of its runs diverged and its mean accuracy differs by at most "
-    "√(s² + s₀²), s and s₀ being the sample standard deviations over the seeds on the device and in the base. Of equally "
-    "distributed accuracies of three seeds about one mean in twelve differs by more, one in two hundred by twice as much: "
-    "twice as much is outside."
+    "√(s² + s₀²), s and s₀ being the sample standard deviations over the seeds on the device and in the base. Equal "
+    "devices differ by more than that now and then: of three seeds each in 16 % of recipes. A recipe is outside where "
+    "Student's t-test of the two means has p < 0.01 / (number of recipes), or other numbers of runs diverged; beyond is "
+    "between the two."
 )
+LEVEL = 0.01
 
 
 def compared(base: Runs, runs: Runs) -> list[Figures]:
-    """By recipe: means and sample deviations of the accuracies in % of the runs that did not diverge, and the verdict,
-    "within", "beyond" the spread once, or "outside"."""
-    return [_row(recipe, base[recipe], runs[recipe]) for recipe in base]
+    """By recipe that was run: means and sample deviations of the accuracies in % of the runs that did not diverge, the
+    difference, p, and the verdict, "within", "beyond" or "outside"."""
+    names = [recipe for recipe in base if runs.get(recipe)]
+    return [_row(recipe, base[recipe], runs[recipe], LEVEL / len(names)) for recipe in names]
 
 
-def _row(recipe: str, base: Sequence[Figures], runs: Sequence[Figures]) -> Figures:
+def _row(recipe: str, base: Sequence[Figures], runs: Sequence[Figures], level: float) -> Figures:
     row: Figures = {"recipe": recipe, "base": _summary(base), "device": _summary(runs)}
     a, b = row["base"], row["device"]
-    if a["diverged"] != b["diverged"]:
-        return row | {"difference": None, "spread": None, "verdict": "outside"}
+    row |= {"difference": None, "spread": None, "p": None}
+    if a["diverged"] * b["runs"] != b["diverged"] * a["runs"]:
+        return row | {"verdict": "outside"}
     if a["mean"] is None:  # all diverged, on either side
-        return row | {"difference": None, "spread": None, "verdict": "within"}
+        return row | {"verdict": "within"}
     difference, spread = b["mean"] - a["mean"], math.hypot(a["std"] or 0.0, b["std"] or 0.0)
-    times = math.ceil(abs(difference) / spread) if spread else 3 * (difference != 0)
-    verdict = {0: "within", 1: "within", 2: "beyond"}.get(times, "outside")
-    return row | {"difference": difference, "spread": spread, "verdict": verdict}
+    counts = [s["runs"] - s["diverged"] for s in (a, b)]
+    p = _p(difference, a["std"], b["std"], *counts)
+    verdict = "within" if abs(difference) <= spread else "beyond" if p is None or p >= level else "outside"
+    return row | {"difference": difference, "spread": spread, "p": p, "verdict": verdict}
+
+
+def _p(difference: float, s: float | None, t: float | None, n: int, m: int) -> float | None:
+    """Of Student's t-test of two means with equal variances; None of one run on either side."""
+    if s is None or t is None:
+        return None
+    pooled = ((n - 1) * s**2 + (m - 1) * t**2) / (n + m - 2) * (1 / n + 1 / m)
+    if not pooled:
+        return float(not difference)
+    return students_p(difference / math.sqrt(pooled), n + m - 2)
+
+
+def students_p(t: float, freedom: int) -> float:
+    """P(|T| > |t|) of Student's distribution: 1 - ∫ its density, with u = √ν tan θ, by Simpson's rule."""
+    end, steps = math.atan(abs(t) / math.sqrt(freedom)), 400
+    values = [math.cos(end * i / steps) ** (freedom - 1) for i in range(steps + 1)]
+    integral = (values[0] + values[-1] + 4 * sum(values[1:-1:2]) + 2 * sum(values[2:-1:2])) * end / steps / 3
+    density = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
+    return min(max(1 - 2 * density * integral, 0.0), 1.0)
 
 
 def _summary(runs: Sequence[Figures]) -> Figures:
@@ -68,34 +92,36 @@ def _summary(runs: Sequence[Figures]) -> Figures:
 # ---- what is trained
 
 
-def resnet(base: Mapping[str, Any], folder: Path, device: torch.device) -> tuple[Runs, Runs]:
-    """The runs of a ResNet study, and the same on the device.
+def resnet(
+    base: Mapping[str, Any], folder: Path, device: torch.device, limit_s: float, keep: Callable[[Runs, Runs], object]
+) -> tuple[Runs, Runs]:
+    """The runs of a ResNet study, and the same on the device, all recipes of a seed before the next; keep: what to do with
+    them after each run. None is begun after limit_s.
 
     Raises:
         UsageError: the base is no study, or the images are not those it was made of.
     """
     try:
-        plan, lr, name, runs = (
-            resnet_study.Plan(**base["plan"]),
-            base["learning_rate"],
-            base["data"]["name"],
-            base["runs"],
-        )
+        plan, lr, name = resnet_study.Plan(**base["plan"]), base["learning_rate"], base["data"]["name"]
+        runs = sorted(base["runs"], key=lambda run: run["seed"])
     except (KeyError, TypeError) as e:
         raise UsageError(f"--base: no study of fqt_bench.resnet_study: {e!r}") from None
     data = psgd_runs.load("fashion-mnist" if name == "Fashion-MNIST" else "mnist", folder)
     if (data.name, len(data.train_x)) != (name, base["data"]["train"]):
         raise UsageError(f"--base is of {base['data']}, the images here are {len(data.train_x)} of {data.name}")
     data = data._replace(**{k: getattr(data, k).to(device) for k in ("train_x", "train_y", "test_x", "test_y")})
-    known, found = {}, {}
+    known, found, begun = {}, {}, time.perf_counter()
     for run in runs:
-        known.setdefault(run["recipe"], []).append(run)
         start = time.perf_counter()
+        if start - begun > limit_s:
+            break
         new = resnet_study.run(plan, run["recipe"], lr, data, run["seed"], measure=False)
         new |= {"seed": run["seed"], "seconds": round(time.perf_counter() - start, 2)}
+        known.setdefault(run["recipe"], []).append(run)
         found.setdefault(run["recipe"], []).append(new)
         print(f"beside: {run['recipe']} seed {run['seed']}: {new['accuracy']} % (base {run['accuracy']} %), "
               f"{new['seconds']} s", file=sys.stderr, flush=True)  # fmt: skip
+        keep(known, found)
     return known, found
 
 
@@ -109,11 +135,11 @@ def digits(base: Mapping[str, Any] | None, device: torch.device) -> tuple[Runs, 
         try:
             plan = {"epochs": 8, "seeds": 3, "bits": [4, 2]}
             plan = plan if base is None else {key: base["arguments"][key] for key in plan}
-            base = base or demo.run(**plan, device="cpu", out=folder)
+            base = base or demo.run(**plan, device="cpu", out=folder, draw=False)
             known, name = base["recipes"], base["data"]
         except (KeyError, TypeError) as e:
             raise UsageError(f"--base: no demo.json of fqt demo: {e!r}") from None
-        result = demo.run(**plan, device=device.type, out=folder)
+        result = demo.run(**plan, device=device.type, out=folder, draw=False)
     if result["data"] != name:
         raise UsageError(f"--base is of {name}, the digits here are {result['data']}")
     return tuple({recipe: [_in_percent(run) for run in of["runs"]] for recipe, of in some.items()}
@@ -138,10 +164,11 @@ def summary(rows: Sequence[Figures]) -> str:
 
     lines = [
         (row["recipe"], cell(row["base"]), cell(row["device"]),
-         "" if row["difference"] is None else f"{row['difference']:+.2f}", row["verdict"])
+         "" if row["difference"] is None else f"{row['difference']:+.2f}",
+         "" if row["p"] is None else f"{row['p']:.2g}", row["verdict"])
         for row in rows
     ]  # fmt: skip
-    return table(("recipe", "base, %", "device, %", "difference", "of the spread"), lines, right=(1, 2, 3))
+    return table(("recipe", "base, %", "device, %", "difference", "p", "of the spread"), lines, right=(1, 2, 3, 4))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -152,7 +179,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--fashion-mnist", type=Path, default=psgd_runs.FASHION, metavar="DIR", help="its four idx files"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE.json")
+    parser.add_argument("--limit-s", type=float, default=math.inf, metavar="N", help="of resnet: begin no run later")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="written after every run")
     args = parser.parse_args(argv)
     if args.what == "resnet" and args.base is None:
         parser.error("resnet needs --base, a study of fqt_bench.resnet_study")
@@ -160,19 +188,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--device cuda: torch.cuda.is_available() is false: not measured")
     device = torch.device(args.device)
     torch.set_num_threads(1)  # as the base's
+
+    def keep(known: Runs, found: Runs) -> list[Figures]:
+        rows = compared(known, found)
+        if args.out:
+            environment.write(args.out, {
+                "kind": f"accuracies of {args.what} on a device beside the CPU's", "rule": RULE,
+                "environment": record, "base": (base or {}).get("environment"), "rows": rows, "runs": found,
+                "base_runs": {recipe: [{k: run[k] for k in ("seed", "diverged", "accuracy")} for run in runs]
+                              for recipe, runs in known.items()},
+            })  # fmt: skip
+        return rows
+
+    record = environment.environment(device)
     try:
         base = None if args.base is None else json.loads(args.base.read_text(encoding="utf-8"))
-        known, found = resnet(base, args.fashion_mnist, device) if args.what == "resnet" else digits(base, device)
+        if args.what == "resnet":
+            known, found = resnet(base, args.fashion_mnist, device, args.limit_s, keep)
+        else:
+            known, found = digits(base, device)
     except (UsageError, OSError, json.JSONDecodeError) as e:
         parser.error(str(e))
-    rows = compared(known, found)
-    if args.out:
-        environment.write(args.out, {
-            "kind": f"accuracies of {args.what} on a device beside the CPU's", "rule": RULE,
-            "environment": environment.environment(device), "base": (base or {}).get("environment"), "rows": rows,
-            "runs": found, "base_runs": {recipe: [{k: run[k] for k in ("seed", "diverged", "accuracy")} for run in runs]
-                                         for recipe, runs in known.items()},
-        })  # fmt: skip
+    rows = keep(known, found)
+    if args.what == "resnet" and (left := len(base["runs"]) - sum(map(len, found.values()))):
+        print(f"{left} of the base's {len(base['runs'])} runs were not begun within {args.limit_s:g} s")
     print(summary(rows))
     return int(any(row["verdict"] == "outside" for row in rows))
 

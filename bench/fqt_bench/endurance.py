@@ -5,7 +5,8 @@
 Each recipe trains two small networks, an MLP with fqt.optim.PSGD and a convolutional one with torch's AdamW, in rounds of
 PERIOD steps that are all alike: batches of four sizes, an evaluation without and one in inference mode, a checkpoint that is
 written and read back, and a network that is made, converted, trained for a step, given other weights and thrown away. At the
-ends of rounds the memory is counted. A tenth of the counts are warm-up; after them nothing may be more than it was then:
+ends of rounds the memory is counted, of the first ones each, later of some. A tenth of the counts are warm-up; after them
+nothing may be more than it was then:
 
     allocated      bytes: torch.cuda.memory_allocated, without a GPU the storages of all live tensors
     tensors        live ones that Python knows
@@ -14,16 +15,17 @@ ends of rounds the memory is counted. A tenth of the counts are warm-up; after t
     left behind    layers of networks that were thrown away (weak references)
     losses         of all steps are finite
 
-On a GPU a whole training step of each network is captured in a CUDA graph as well, and replayed as often. Exit status: 0
-nothing grew, 1 something did, or was not to be judged, by its name; 2 a mistake in the call.
+On a GPU a whole training step of each network is captured in a CUDA graph as well, and replayed as often. Each run does its
+first round, in which the kernels are compiled, before its share of --limit-s begins. The file is written after each run.
+Exit status: 0 nothing grew, 1 something did, or was "not judged", 2 a mistake in the call, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import io
-import itertools
 import math
 import sys
 import time
@@ -37,6 +39,7 @@ import torch
 from torch import Tensor, nn
 
 import fqt
+from fqt.cli import INTERRUPTED
 from fqt.optim import PSGD, PSGDAdamW
 
 from . import environment
@@ -44,19 +47,29 @@ from .live import LEAST, Record, count, first, judge
 
 PERIOD = 16  # steps of a round
 BATCHES = (8, 5, 16, 3)
-COUNTS = 64  # of a run, at most: each takes half a second
+COUNTS = 64  # of a run, about: each takes half a second
+DENSE = 8  # counts at the beginning of a run, after each round, so that one that is cut short has some
 RECIPES = ("int8", "psq8", "bhq8")
 
 
 @dataclass
 class Run:
-    """What was counted of one recipe's training, or of the replays of its graphs. grown: what grew, one line each."""
+    """What was counted of one recipe's training, or of the replays of its graphs.
+
+    grown: what grew, one line each.   not_judged: why nothing can be said, "" if the counts were judged.
+    """
 
     name: str
     steps: int = 0
     seconds: float = 0.0
     records: list[Record] = field(default_factory=list)
     grown: list[str] = field(default_factory=list)
+    not_judged: str = "interrupted"
+
+    @property
+    def status(self) -> str:
+        """ "grew", "not judged" or "nothing grew"."""
+        return "grew" if self.grown else "not judged" if self.not_judged else "nothing grew"
 
     def as_dict(self) -> dict[str, Any]:
         """Of the records the tensors and caches are told of the first after the warm-up and of the last only."""
@@ -64,8 +77,8 @@ class Run:
             asdict(r) | {"tensors": sum(r.tensors.values()), "caches": sum(r.caches.values())} for r in self.records
         ]
         ends = {} if not self.records else {"first": asdict(first(self.records)), "last": asdict(self.records[-1])}
-        return {"name": self.name, "steps": self.steps, "seconds": round(self.seconds, 1), "grown": self.grown,
-                "records": thin, **ends}  # fmt: skip
+        return {"name": self.name, "status": self.status, "not_judged": self.not_judged, "grown": self.grown,
+                "steps": self.steps, "seconds": round(self.seconds, 1), "records": thin, **ends}  # fmt: skip
 
 
 # ---- what is trained
@@ -185,18 +198,17 @@ class Diverged(Exception):
 # ---- runs
 
 
-def train(recipe: str, steps: int, device: torch.device, until: float) -> Run:
-    """Train a recipe's networks; until: of `time.monotonic`, when no further round is begun."""
+def train(run: Run, recipe: str, steps: int, device: torch.device, until: Callable[[], float]) -> None:
+    """Train a recipe's networks; until: asked after the first round, when by `time.monotonic` no further one is begun."""
     torch.manual_seed(0)
     fqt.manual_seed(0)
     trainer = Trainer(recipe, device)
-    run = _rounds(Run(recipe), trainer.step, steps, device, until, trainer.roots)
+    _rounds(run, trainer.step, steps, device, until, trainer.roots)
     run.grown += [f"left behind: {name}" for name in dict.fromkeys(trainer.left)]
-    return run
 
 
-def replay(recipe: str, steps: int, device: torch.device, until: float) -> Run:
-    """Capture a training step of each of a recipe's networks, and replay them with new inputs."""
+def replay(run: Run, recipe: str, steps: int, device: torch.device, until: Callable[[], float]) -> None:
+    """Capture a training step of each of a recipe's networks, and replay them with new inputs; until: as of `train`."""
     torch.manual_seed(0)
     trainer = Trainer(recipe, device)
     graphs = [
@@ -211,7 +223,7 @@ def replay(recipe: str, steps: int, device: torch.device, until: float) -> Run:
         if number % PERIOD == PERIOD - 1:
             trainer._look_at_losses(number)
 
-    return _rounds(Run(f"{recipe}, CUDA graph"), step, steps, device, until, trainer.roots)
+    _rounds(run, step, steps, device, until, trainer.roots)
 
 
 def captured(model: nn.Module, optimizer: Any, x: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
@@ -230,32 +242,46 @@ def captured(model: nn.Module, optimizer: Any, x: Tensor) -> tuple[torch.cuda.CU
 
 
 def _rounds(
-    run: Run, step: Callable[[int], None], steps: int, device: torch.device, until: float, roots: Callable
-) -> Run:
-    """Run rounds of steps, count after each, or every so many, and judge."""
-    start, every = time.monotonic(), max(steps // PERIOD // COUNTS, 1)
-    for number in itertools.takewhile(lambda n: n % PERIOD or time.monotonic() < until, range(steps)):
+    run: Run, step: Callable[[int], None], steps: int, device: torch.device, until: Callable[[], float], roots: Callable
+) -> None:
+    """Run rounds of steps, count after some, and judge: by counts at equal distances, if there are enough of them."""
+    start, end, every = time.monotonic(), math.inf, PERIOD * max(steps // PERIOD // COUNTS, 1)
+    for number in range(steps):
+        if number == PERIOD:
+            end = until()
+        if number % PERIOD == 0 and time.monotonic() >= end:
+            break
         try:
             step(number)
         except Diverged as e:
             run.grown.append(f"losses: {e}")
             break
         run.steps = number + 1
-        if run.steps % (PERIOD * every) == 0:
+        run.seconds = time.monotonic() - start
+        if run.steps % every == 0 or (run.steps % PERIOD == 0 and len(run.records) < DENSE):
             run.records.append(count(run.steps, device, roots()))
-    run.seconds = time.monotonic() - start
-    run.grown += judge(run.records)
-    return run
+    regular = [r for r in run.records if r.steps % every == 0]
+    if len(regular) >= DENSE:
+        run.records = regular
+    run.not_judged = "" if len(run.records) >= LEAST else f"too few counts: {len(run.records)}, {LEAST} are needed"
+    run.grown += [] if run.not_judged else judge(run.records)
 
 
-def runs(recipes: Sequence[str], steps: int, device: torch.device, limit_s: float) -> Iterator[Run]:
-    """The runs of all recipes, each with an equal share of what is left of the time."""
-    kinds = (train, replay) if device.type == "cuda" else (train,)
-    todo = [(kind, recipe) for recipe in recipes for kind in kinds]
+def runs(done: list[Run], recipes: Sequence[str], steps: int, device: torch.device, limit_s: float) -> Iterator[Run]:
+    """The runs of all recipes, each with an equal share of what is left of the time. done: gets each when it begins."""
+    kinds = {train: "", replay: ", CUDA graph"} if device.type == "cuda" else {train: ""}
+    todo = [(kind, recipe, recipe + name) for recipe in recipes for kind, name in kinds.items()]
     end = time.monotonic() + limit_s
-    for number, (kind, recipe) in enumerate(todo):
-        now = time.monotonic()
-        yield kind(recipe, steps, device, now + (end - now) / (len(todo) - number))
+    for number, (kind, recipe, name) in enumerate(todo):
+        done.append(Run(name))
+        kind(done[-1], recipe, steps, device, functools.partial(_share, end, len(todo) - number))
+        yield done[-1]
+
+
+def _share(end: float, parts: int) -> float:
+    """When the first of so many equal parts of the time from now to `end` is over."""
+    now = time.monotonic()
+    return now + (end - now) / parts
 
 
 def line_of(run: Run) -> str:
@@ -268,7 +294,8 @@ def line_of(run: Run) -> str:
             f"{sum(last.tensors.values())}, entries of caches {sum(start.caches.values())} → "
             f"{sum(last.caches.values())}, host {start.host >> 20} → {last.host >> 20} MiB"
         )
-    return "\n".join([text + (": GREW" if run.grown else ": nothing grew"), *(f"  {line}" for line in run.grown)])
+    text += f": {run.status.upper() if run.grown else run.status}" + (f": {run.not_judged}" if run.not_judged else "")
+    return "\n".join([text, *(f"  {line}" for line in run.grown)])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -276,7 +303,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fqt_bench.endurance", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=10_000, help="of each recipe (default: %(default)s)")
     parser.add_argument(
-        "--limit-s", type=float, default=math.inf, help="no further round is begun after so many seconds"
+        "--limit-s",
+        type=float,
+        default=math.inf,
+        help="no further round but the first of a recipe is begun after so many seconds",
     )
     parser.add_argument("--recipes", nargs="+", default=RECIPES, metavar="NAME")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -293,16 +323,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ValueError as e:
             parser.error(str(e))
     torch.set_num_threads(1)  # the matrices are too small for more
-    done = []
-    with fqt.backend(args.backend):
-        for run in runs(args.recipes, args.steps, device, args.limit_s):
-            done.append(run)
-            print(line_of(run), flush=True)
-    if args.out is not None:
-        arguments = {"steps": args.steps, "recipes": list(args.recipes), "backend": args.backend, "period": PERIOD}
-        result = {"environment": environment.environment(device), "arguments": arguments}
-        environment.write(args.out, result | {"runs": [run.as_dict() for run in done]})
-    return 1 if any(run.grown for run in done) else 0
+    arguments = {"steps": args.steps, "recipes": list(args.recipes), "backend": args.backend, "period": PERIOD}
+    result = {"environment": environment.environment(device), "arguments": arguments}
+    done: list[Run] = []
+
+    def tell(run: Run) -> None:
+        print(line_of(run), flush=True)
+        if args.out is not None:
+            environment.write(args.out, result | {"runs": [run.as_dict() for run in done]})
+
+    try:
+        with fqt.backend(args.backend):
+            for run in runs(done, args.recipes, args.steps, device, args.limit_s):
+                tell(run)
+    except KeyboardInterrupt:
+        if done:
+            tell(done[-1])
+        print("endurance: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0 if all(run.status == "nothing grew" for run in done) else 1
 
 
 def _device(parser: argparse.ArgumentParser, name: str) -> torch.device:

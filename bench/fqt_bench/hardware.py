@@ -14,11 +14,13 @@ that there is no time left for is named. Exit status 1 if a part failed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,7 +30,7 @@ import torch
 
 from fqt.cli import table
 
-from . import environment
+from . import environment, sanitize
 from .psgd_runs import FASHION
 
 WORKERS = 12  # of the test suite: most of its time goes into compiling
@@ -50,11 +52,11 @@ def parts(root: Path, fashion: Path = FASHION) -> dict[str, Part]:
     """By name, in the order in which they run."""
     python = lambda group, seconds, line: Part(group, ("-m", *line.split()), seconds)  # noqa: E731
     return {
-        "doctor": python("check", 400, "fqt doctor --repeat 100 --out {dir}/doctor-{stem}.json"),
-        "tests": python("check", 570, f"pytest -q --ignore tests/codegen {_workers()}"),
+        "doctor": python("check", 570, "fqt doctor --repeat 100 --out {dir}/doctor-{stem}.json"),
+        "tests": python("check", 570, f"pytest -v --ignore tests/codegen {_workers()}"),
         "sanitize": python(
-            "check", 570, "fqt_bench.sanitize --jobs 4 --timeout-s 500 --out {dir}/sanitize-{stem}.json"
-        ),
+            "check", 570, "fqt_bench.sanitize --jobs 4 --limit-s 540 --out {dir}/sanitize-{stem}.json"
+        )._replace(missing=sanitize.missing()),
         "extremes": python("check", 570, "fqt_bench.extremes --limit-s 540 --out {dir}/extremes-{stem}.json"),
         "endurance": python("check", 400, "fqt_bench.endurance --limit-s 370 --out {dir}/endurance-{stem}.json"),
         "demo": python("check", 400, "fqt_bench.beside demo --out {dir}/demo-{stem}.json"),
@@ -84,7 +86,7 @@ def _resnet(root: Path, fashion: Path) -> Part:
         str(studies[-1]) if studies else "",
         "--out",
     )
-    arguments = (*line, "{dir}/resnet-{stem}.json", "--fashion-mnist", str(fashion))
+    arguments = (*line, "{dir}/resnet-{stem}.json", "--fashion-mnist", str(fashion), "--limit-s", "500")
     missing = "" if studies else f"no study {STUDY} of the CPU's"
     if not missing and not fashion.is_dir():
         missing = (
@@ -113,8 +115,10 @@ def run(part: Part, log: Path, seconds: float, places: Mapping[str, str], root: 
     command = [sys.executable, *(argument.format(**places) for argument in part.arguments)]
     paths = [*(str(root / folder) for folder in (".", "kernels", "bench")), os.environ.get("PYTHONPATH", "")]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+    if importlib.util.find_spec("platformdirs") is None:  # which says where the store of tuned tables is
+        env.setdefault("FQT_CACHE_DIR", str(Path(tempfile.gettempdir()) / "fqt-cache"))
     start = time.monotonic()
-    tee = subprocess.Popen(["tee", str(log)], stdin=subprocess.PIPE)
+    tee = subprocess.Popen(["tee", "-i", str(log)], stdin=subprocess.PIPE)
     process = subprocess.Popen(command, cwd=root, env=env, stdin=subprocess.DEVNULL, stdout=tee.stdin,
                                stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
     try:
@@ -126,23 +130,27 @@ def run(part: Part, log: Path, seconds: float, places: Mapping[str, str], root: 
         _end(process)
         raise
     finally:
+        with contextlib.suppress(ProcessLookupError):  # what the part has left behind
+            os.killpg(process.pid, signal.SIGKILL)
         tee.stdin.close()
         tee.wait()
     return {"status": status, "seconds": round(time.monotonic() - start, 1), "returncode": returncode}
 
 
 def _end(process: subprocess.Popen) -> int:
-    """The process and all that it has started: first by SIGINT, so that what is known is written."""
+    """End a process and all that it has started, first by SIGINT, so that it writes what it knows."""
     for sent, patience in ((signal.SIGINT, 10), (signal.SIGKILL, None)):
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, sent)
-        except ProcessLookupError:
-            pass
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             return process.wait(patience)
-        except subprocess.TimeoutExpired:
-            continue
     return process.returncode
+
+
+def _heed_signals() -> None:
+    """An interrupt is one also for what runs in the background of a shell, and a request to end is one: parts are ended."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -167,6 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if not torch.cuda.is_available():
         parser.error("torch.cuda.is_available() is false: not measured")
+    _heed_signals()
     return _run_all({name: found[name] for name in names}, args.out, args.limit_s, root)
 
 

@@ -9,11 +9,15 @@ Source: NVIDIA's Compute Sanitizer manual, 2025 (https://docs.nvidia.com/compute
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fqt.cli import table
+
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 MAX_LINES = 8  # of a report that are kept
+SHOWN = 20  # findings of a tool that are printed; the file has all
 _PREFIX = re.compile(r"^={8,9}( *)(.*?)\s*$")
 # Triton calls a kernel as its Python function; torch's are C++ names, in which ours cannot occur.
 _OURS = re.compile(r"(?<![\w:])_[a-z0-9]\w*_kernel\b")
@@ -69,6 +73,38 @@ class Report:
     @property
     def ours(self) -> list[Finding]:
         return [f for f in self.findings if f.ours]
+
+
+@dataclass
+class Outcome:
+    """What a tool came to.
+
+    status: "clean", "found", "failed" (its output cannot be trusted, see reason), "blind" (the planted fault was not
+    reported), "not finished" (cut off; what was found until then is there), or "not run". control: "reported", or why not.
+    """
+
+    tool: str
+    status: str = "not run"
+    reason: str = ""
+    control: str = "not run"
+    report: Report = field(default_factory=Report)
+    checks: int = 0
+    seconds: float = 0.0
+    command: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return self.status == "clean"
+
+    def record(self) -> dict[str, Any]:
+        """For JSON: findings in our kernels, and those in others."""
+        found = {ours: [f.record() for f in self.report.findings if f.ours == ours] for ours in (True, False)}
+        return {
+            "tool": self.tool, "status": self.status, "reason": self.reason, "control": self.control,
+            "errors": self.report.errors, "warnings": self.report.warnings, "checks": self.checks,
+            "seconds": round(self.seconds, 1), "command": self.command, "findings": found[True],
+            "in_other_kernels": found[False], "problems": self.report.problems,
+        }  # fmt: skip
 
 
 def parse(text: str, tool: str) -> Report:
@@ -140,3 +176,19 @@ def _finding(tool: str, head: str, more: list[str]) -> Finding | None:
         return None
     places = re.findall(r"\S+\+0x[0-9a-f]+(?: in \S+)?|0x[0-9a-f]+ in \S+", text) if kernel else []
     return Finding(tool, kind, kernel, ours is not None, ", ".join(dict.fromkeys(places))[:300], lines[:MAX_LINES])
+
+
+def summary(outcomes: Sequence[Outcome]) -> str:
+    """A line for each tool, then the findings."""
+    rows = []
+    for o in outcomes:
+        others = len(o.report.findings) - len(o.report.ours)
+        counts = (str(len(o.report.ours)), str(others), "-" if o.report.errors is None else str(o.report.errors))
+        rows.append((o.tool, o.status, *counts, o.control.partition(" (")[0], f"{o.seconds:.0f} s", o.reason[:100]))
+    header = ("tool", "status", "places", "elsewhere", "errors", "planted fault", "took", "because")
+    parts = [table(header, rows, right=(2, 3, 4))]
+    for o in outcomes:
+        ours = o.report.ours
+        parts += ["\n  ".join([f"{o.tool}: {f.kernel}, {f.count} times", *f.lines]) for f in ours[:SHOWN]]
+        parts += [f"{o.tool}: {len(ours) - SHOWN} more"] * (len(ours) > SHOWN)
+    return "\n\n".join(parts)
