@@ -41,6 +41,7 @@ def test_every_part_runs_and_leaves_what_it_printed(tmp_path, capfd):
         "fine": "ok",
     }
     assert verdicts["missing"]["why"] == "no data" and verdicts["fails"]["returncode"] == 1
+    assert verdicts["fails"]["last"] == "to stderr" and verdicts["fine"]["last"] == ""
     (log,) = folder.glob("fails-*.log")
     assert log.read_text().split() == "to stdout to stderr".split()
     assert [path.read_text() for path in folder.glob("fine-*.txt")] == ["raw"]

@@ -6,9 +6,9 @@
     tune    measure the kernels' configurations for this GPU
     bench   time kernels, layers, optimizers and steps
 
-Results go to bench/results/<gpu>: what each part writes itself, what it printed in PART-<date>-<commit>.log, and the
-verdicts in hardware-<date>-<commit>.json. A part that fails or runs out of time does not keep the next one from running; one
-that there is no time left for is named. Exit status 1 if a part failed.
+Results go to bench/results/<gpu>: what each part writes itself, what it printed in PART-<date>-<commit>.log (not committed:
+it names paths), and the verdicts, with the last line of each, in hardware-<date>-<commit>.json. A part that fails or runs out
+of time does not keep the next one from running; one that there is no time left for is named. Exit status 1 if a part failed.
 """
 
 from __future__ import annotations
@@ -108,9 +108,9 @@ def chosen(found: Mapping[str, Part], names: Sequence[str]) -> list[str]:
 
 
 def run(part: Part, log: Path, seconds: float, places: Mapping[str, str], root: Path) -> dict[str, Any]:
-    """Run a part in a process of its own and show what it prints: {"status", "seconds", "returncode"}.
+    """Run a part in a process of its own and show what it prints: {"status", "seconds", "returncode", "last"}.
 
-    status: "ok", "failed", or "out of time" where it was ended after so many seconds.
+    status: "ok", "failed", or "out of time" where it was ended after so many seconds. last: the last line it printed.
     """
     command = [sys.executable, *(argument.format(**places) for argument in part.arguments)]
     paths = [*(str(root / folder) for folder in (".", "kernels", "bench")), os.environ.get("PYTHONPATH", "")]
@@ -134,7 +134,10 @@ def run(part: Part, log: Path, seconds: float, places: Mapping[str, str], root: 
             os.killpg(process.pid, signal.SIGKILL)
         tee.stdin.close()
         tee.wait()
-    return {"status": status, "seconds": round(time.monotonic() - start, 1), "returncode": returncode}
+    printed = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    last = next((line.strip("= ")[:300] for line in reversed(printed) if line.strip()), "")
+    seconds = round(time.monotonic() - start, 1)
+    return {"status": status, "seconds": seconds, "returncode": returncode, "last": last}
 
 
 def _end(process: subprocess.Popen) -> int:
