@@ -129,7 +129,7 @@ class _Sets:
         return self._numbers[found]
 
     def each(self, numbers: np.ndarray) -> list[tuple[int, frozenset[tuple[int, int]]]]:
-        return [(number, self._sets[number]) for number in np.unique(numbers)]
+        return [(number, self._sets[number]) for number in _distinct(numbers)]
 
 
 class Sanitizer:
@@ -258,7 +258,7 @@ class Sanitizer:
         if (addresses % np.uint64(width)).any():
             self._report(f"{what} of {width} bytes at an address that is no multiple of that")
         owner = np.searchsorted(self._lows, addresses, side="right").astype(np.int64) - 1
-        for index in np.unique(owner):
+        for index in _distinct(owner):
             mine = owner == index
             if index < 0:
                 self._outside(what, addresses[mine], None)
@@ -295,8 +295,8 @@ class Sanitizer:
         width = _width(ptrs)
         values = np.broadcast_to(value.data, ptrs.data.shape).ravel()
         for memory, at, elements in self._at(ptrs.data, mask.data, width, "store"):
-            first, index = np.unique(at[:, 0], return_inverse=True)
-            if len(first) < len(at):
+            if (np.diff(at[:, 0]) <= 0).any() and len(np.unique(at[:, 0])) < len(at):
+                first, index = np.unique(at[:, 0], return_inverse=True)
                 bits = values[elements].copy().view(f"u{values.itemsize}")
                 highest, lowest = (
                     np.zeros(len(first), bits.dtype),
@@ -455,6 +455,14 @@ def _is_dense(t: Tensor) -> bool:
 
 def _width(ptrs) -> int:
     return max(1, ptrs.get_element_ty().primitive_bitwidth // 8)
+
+
+def _distinct(numbers: np.ndarray) -> list[int]:
+    """The numbers that occur; mostly there is one, and no need to sort."""
+    if not numbers.size:
+        return []
+    lowest = numbers.min()
+    return [int(lowest)] if lowest == numbers.max() else np.unique(numbers).tolist()
 
 
 def _fingerprint(pointers: np.ndarray) -> int:

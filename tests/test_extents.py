@@ -217,7 +217,7 @@ def test_a_large_gradient_of_filters():
     assert a.numel() > 2**31
     corners(
         lambda: fqt_kernels.conv_wgrad.conv_wgrad(
-            a, b, n, g, a_scale=torch.ones(len(a)), b_scale=torch.ones(1), config=(16, 16, 1024, 4, 1), splits=8
+            a, b, n, g, a_scale=torch.ones(len(a)), b_scale=torch.ones(1), config=(16, 16, 4096, 4, 1), splits=8
         ),
         inner=0,
     )  # fmt: skip

@@ -7,8 +7,9 @@
     bench   time kernels, layers, optimizers and steps
 
 Results go to bench/results/<gpu>: what each part writes itself, what it printed in PART-<date>-<commit>.log (not committed:
-it names paths), and the verdicts, with the last line of each, in hardware-<date>-<commit>.json. A part that fails or runs out
-of time does not keep the next one from running; one that there is no time left for is named. Exit status 1 if a part failed.
+it names paths), and the verdicts, with the last line of each, in hardware-<date>-<commit>.json. A part that fails or runs
+out of time does not keep the next one from running; one that there is no time left for is named. Exit status 1 if a part
+failed.
 """
 
 from __future__ import annotations
