@@ -42,6 +42,11 @@ class Case:
         return f"{self.kernel}: {self.name}"
 
 
+def gib(elements: int, each: float, spare: float) -> float:
+    """GiB of so many elements of so many bytes, and what else is needed."""
+    return elements * each / 2**30 + spare
+
+
 def set_piece(elements: int) -> None:
     """Compare so many elements at a time, a multiple of 8."""
     global _piece

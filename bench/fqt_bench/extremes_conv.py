@@ -14,8 +14,9 @@ from fqt.candidates import family
 from fqt.conv import Filters, Geometry, Images
 from fqt.recipe import Quantizer
 
-from .extremes_check import Case, Wrong, bits_at, codes_of, near, normal, piece, rng_of, same
+from .extremes_check import Case, Wrong, bits_at, codes_of, gib, near, normal, piece, rng_of, same
 
+_gib = functools.partial(gib, spare=6)  # for a piece and its definition
 SPLITS = (1, 2, 3, 7, 16, 33, 128)  # programs that share a sum; never fewer than int32 needs
 Y_LIMIT = 65_535  # programs of a grid along its second axis
 
@@ -26,11 +27,6 @@ def cases(tiny: bool) -> Iterator[Case]:
     yield from _forward(tiny)
     yield from _gradients(tiny)
     yield from _grids(tiny)
-
-
-def _gib(elements: int, each: float) -> float:
-    """Of so many elements of so many bytes, and 6 GiB for a piece and its definition."""
-    return elements * each / 2**30 + 6
 
 
 # ---- quantization

@@ -23,6 +23,7 @@ from .extremes_check import (
     bits_at,
     check_quantized,
     codes_of,
+    gib,
     near,
     normal,
     piece,
@@ -31,6 +32,7 @@ from .extremes_check import (
     same,
 )
 
+_gib = functools.partial(gib, spare=4)  # for a piece and its definition
 KERNELS = {"rows": "_rows_kernel", "long_rows": "_long_rows_kernel", "tile": "_tile_kernel"}
 LARGEST_GROUP = 2**15  # rows of a group that is computed again
 MOST_SPLITS = 64  # programs that share a sum: more than any candidate has
@@ -44,11 +46,6 @@ def cases(tiny: bool) -> Iterator[Case]:
     yield from _long_sums(tiny)
     yield from _householders(tiny)
     yield from _one_row(tiny)
-
-
-def _gib(elements: int, each: float) -> float:
-    """Of so many elements of so many bytes, and 4 GiB for a piece and its definition."""
-    return elements * each / 2**30 + 4
 
 
 # ---- quantization
