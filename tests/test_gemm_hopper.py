@@ -63,16 +63,18 @@ ARITHMETIC = Arithmetic(
 
 
 class Ring:
-    """A model of one program: the producer, two warpgroups of consumers, loads that land in any order, and barriers.
+    """A model of one program: the producer, two warpgroups of consumers in one partition or in two, loads that land in any
+    order, and barriers.
 
     A state is how many steps the producer has issued, which of its loads are under way, and how far each warpgroup is in
     its operations: the rest follows. A warpgroup's operations are "read" (wait for `full`, start the wgmma of a step),
     "sync" (wait until at most so many wgmma are in flight, then for the other warpgroup) and "free" (arrive on `empty`,
-    which one thread of the first warpgroup does for all).
+    which one thread of the first warpgroup does for all). Of two partitions none waits for the other, both arrive on
+    `empty`, and a phase of it ends with every second arrival.
     """
 
-    def __init__(self, arithmetic: Arithmetic, stages: int, k_steps: int, tiles: int):
-        self.stages, self.steps, self.arithmetic = stages, k_steps * tiles, arithmetic
+    def __init__(self, arithmetic: Arithmetic, stages: int, k_steps: int, tiles: int, partitions: int = 1):
+        self.stages, self.steps, self.arithmetic, self.partitions = stages, k_steps * tiles, arithmetic, partitions
         self.stage_of = [arithmetic.stage(step, stages) for step in range(self.steps)]
         self.operations = []
         for step in range(self.steps):
@@ -109,7 +111,8 @@ class Ring:
             landed[self.stage_of[step]] += step not in flying
         if issued < self.steps:
             stage, meant = self.stage_of[issued], issued // self.stages
-            if self.passes(self.freed[at[0]][stage], self.arithmetic.empty_parity(issued, self.stages), meant):
+            arrived = sum(self.freed[i][stage] for i in at[: self.partitions]) // self.partitions
+            if self.passes(arrived, self.arithmetic.empty_parity(issued, self.stages), meant):
                 busy = [step for i in at for step in self.reading[i] if self.stage_of[step] == stage]
                 assert not busy, f"step {issued} is loaded over step {busy[0]}, which is being read"
                 lost = [step for step in range(issued) if self.stage_of[step] == stage and not self.read(step, at)]
@@ -118,7 +121,9 @@ class Ring:
         for step in flying:
             yield issued, flying - {step}, *at
         for i, position in enumerate(at):
-            if position == len(self.operations) or any(self.syncs[j] < self.syncs[position] for j in at):
+            if position == len(self.operations):
+                continue
+            if self.partitions == 1 and any(self.syncs[j] < self.syncs[position] for j in at):
                 continue
             kind, value = self.operations[position]
             if kind == "read":
@@ -154,11 +159,12 @@ class Ring:
         return len(seen)
 
 
+@pytest.mark.parametrize("partitions", [1, 2])
 @pytest.mark.parametrize("stages", [2, 3, 4])
-def test_the_ring_neither_blocks_nor_mixes_steps(stages):
+def test_the_ring_neither_blocks_nor_mixes_steps(stages, partitions):
     """Whatever the order in which producer, consumers and loads advance."""
     for k_steps, tiles in itertools.product(range(1, 10), range(6)):
-        states = Ring(ARITHMETIC, stages, k_steps, tiles).explore()
+        states = Ring(ARITHMETIC, stages, k_steps, tiles, partitions).explore()
         assert states > 4 * k_steps * tiles
 
 
@@ -176,11 +182,12 @@ BROKEN = {
 }
 
 
+@pytest.mark.parametrize("partitions", [1, 2])
 @pytest.mark.parametrize("change", BROKEN.values(), ids=BROKEN)
-def test_a_broken_ring_is_found(change):
+def test_a_broken_ring_is_found(change, partitions):
     """The model can tell: with wrong arithmetic it blocks, or mixes steps, or waits for a phase it cannot know."""
     with pytest.raises(AssertionError, match=r"deadlock|loaded over|is read where|phases completed"):
-        Ring(replace(ARITHMETIC, **change), stages=4, k_steps=3, tiles=4).explore()
+        Ring(replace(ARITHMETIC, **change), stages=4, k_steps=3, tiles=4, partitions=partitions).explore()
 
 
 def test_a_warpgroup_that_does_not_wait_for_the_other_is_found():
@@ -225,12 +232,12 @@ def test_the_portable_product_takes_the_same_arguments():
 @pytest.mark.parametrize("config", kernels.CONFIGS)
 def test_a_configuration_fills_its_warps_and_fits(config):
     block_m, block_n, block_k, warps, stages = config
-    rows = 16 * warps
-    assert block_m % rows == 0 and warps % 4 == 0 and block_k == 128 and stages >= 2
-    assert block_m * block_n // (32 * warps) <= 128, "accumulators of a thread with 240 registers"
+    assert warps in (4, 8) and block_m % (16 * kernels.CONSUMER_WARPS) == 0 and block_k == 128 and stages >= 2
+    assert block_m * block_n // (32 * kernels.CONSUMER_WARPS) <= 128, "accumulators of a thread with 240 registers"
     # The ring, the least staging and the most operands of columns, and a kilobyte for barriers and the compiler.
-    ring = stages * (block_m + block_n) * block_k
-    assert ring + rows * kernels.PIECE_BYTES + 3 * 4 * block_n + 1024 <= kernels.SHARED_BYTES
+    ring, consumers = stages * (block_m + block_n) * block_k, kernels.CONSUMER_WARPS // warps
+    least = consumers * (16 * warps * kernels.PIECE_BYTES + 3 * 4 * block_n)
+    assert ring + least + 1024 <= kernels.SHARED_BYTES
 
 
 def test_codes_that_tma_can_read_are_not_copied():

@@ -6,15 +6,17 @@ takes every so-manieth tile of the grouped walk:
 - The producer, one warp with 24 registers, copies blocks of A and B by TMA into a ring of shared memory. A stage of the
   ring has two barriers: `full` completes when both blocks have landed, `empty` when they have been multiplied.
 - The consumers, 8 warps with 240 registers, keep one wgmma in flight: at step i they start that of step i, wait for that
-  of step i - 1, and free its stage. Then they finish the tile, while the producer already loads the next one.
+  of step i - 1, and free its stage. Then they finish the tile, while the producer already loads the next one. They are
+  one partition of 8 warps, or two of 4 with a half of the tile's rows each. Two do not wait for each other: one may be as
+  many steps ahead as the ring has stages, so that one multiplies while the other finishes its half.
 
 Steps count on across tiles, and a step alone says which stage it uses and which parity its barriers have (`stage_of`,
 `full_parity`, `empty_parity`, `freed_stage`). The epilogue rounds in the order of `gemm.py`, piece by piece: a piece is
 as wide as the 128 bytes that TMA swizzles, and two of them take turns in shared memory. Its operands are read before the
 main loop, those of a column by one thread each, which pass them around through shared memory after it.
 
-Compiled and inspected for sm_90a with Triton 3.6, 3.7 and 3.9 (tests/codegen), the ring explored in every interleaving
-(tests/test_gemm_hopper.py); it has not run on a GPU yet.
+Compiled and inspected for sm_90a with Triton 3.6, 3.7 and 3.9 (tests/codegen), the ring explored in every interleaving,
+this source run on the CPU by the machine of tests/gluon.py (tests/test_gemm_hopper*.py); it has not run on a GPU yet.
 """
 
 import torch
@@ -36,9 +38,12 @@ from ._gluon import (
 )
 from .gemm import GROUP_M, MAX_INT32_TERMS
 
-# (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages). The last two read the fewest bytes of shared memory for each
-# product and fill it: 4 stages of 48 KB.
-CONFIGS = [(128, 128, 128, 8, 4), (128, 256, 128, 8, 4), (256, 128, 128, 8, 4)]
+CONSUMER_WARPS = 8
+# (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages), num_warps of a partition of consumers: 8 of the only one, 4 of each
+# of two. Tiles of 128x256 and 256x128 read the fewest bytes of shared memory for each product and fill it: 4 stages of
+# 48 KB.
+CONFIGS = [(128, 128, 128, 8, 4), (128, 128, 128, 4, 6), (128, 256, 128, 8, 4), (128, 256, 128, 4, 4),
+           (256, 128, 128, 8, 4), (256, 128, 128, 4, 4)]  # fmt: skip
 SHARED_BYTES = 227 * 1024  # that one program may have
 PIECE_BYTES = 128  # the width of a piece of the output: the widest that TMA swizzles
 
@@ -69,8 +74,9 @@ def freed_stage(step, STAGES: gl.constexpr):
 
 
 @jit
-def _produce(a_desc, b_desc, a_ring, b_ring, full, empty, GROUP_M: gl.constexpr):
+def _produce(a_desc, b_desc, ring, GROUP_M: gl.constexpr):
     """Load every block of every tile of this program, each as soon as its stage is free."""
+    a_ring, b_ring, full, empty = ring
     STAGES: gl.constexpr = a_ring.shape[0]
     BLOCK_M: gl.constexpr = a_ring.shape[1]
     BLOCK_N: gl.constexpr = b_ring.shape[1]
@@ -92,13 +98,16 @@ def _produce(a_desc, b_desc, a_ring, b_ring, full, empty, GROUP_M: gl.constexpr)
 
 @jit
 def _consume(
-    a_ring, b_ring, full, empty, staging, columns, M, N, K, c, operands, terms, stride_sa,
-    SB_COLUMN: gl.constexpr, TMA_STORE: gl.constexpr, GROUP_M: gl.constexpr,
+    FIRST_ROW: gl.constexpr, staging, columns, ring, work,
+    SB_COLUMN: gl.constexpr, TMA_STORE: gl.constexpr, GROUP_M: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
-    """Multiply the blocks of every tile of this program, and finish and store the tile."""
+    """Multiply this partition's rows of the blocks of every tile, from FIRST_ROW of the tile on, and finish and store
+    them."""
+    a_ring, b_ring, full, empty = ring
+    M, N, K, c, operands, terms, stride_sa = work
     a_scale_ptr, b_scale_ptr, a_offset_ptr, b_offset_ptr, a_sum_ptr, b_sum_ptr, bias_ptr = operands
     STAGES: gl.constexpr = a_ring.shape[0]
-    BLOCK_M: gl.constexpr = a_ring.shape[1]
+    BLOCK_M: gl.constexpr = a_ring.shape[1] // CONSUMERS
     BLOCK_N: gl.constexpr = b_ring.shape[1]
     BLOCK_K: gl.constexpr = a_ring.shape[2]
     ROWS: gl.constexpr = staging.shape[1]
@@ -108,7 +117,7 @@ def _consume(
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 128, 32])
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, COLUMNS, 32])
     line: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    num_m = gl.cdiv(M, BLOCK_M)
+    num_m = gl.cdiv(M, BLOCK_M * CONSUMERS)
     num_n = gl.cdiv(N, BLOCK_N)
     sb = None
     ob = None
@@ -119,7 +128,7 @@ def _consume(
     step = 0
     for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
         tile_m, tile_n = tile_ids(tile, num_m, num_n, GROUP_M)
-        first_m = tile_m * BLOCK_M
+        first_m = tile_m * (BLOCK_M * CONSUMERS) + FIRST_ROW
         first_n = tile_n * BLOCK_N
         sa, oa, a_sum = (), (), ()  # of each run of ROWS rows
         for run in gl.static_range(BLOCK_M // ROWS):
@@ -142,10 +151,11 @@ def _consume(
         for k in range(0, K, BLOCK_K):
             stage = stage_of(step, STAGES)
             mbarrier.wait(full.index(stage), full_parity(step, STAGES))
+            a = a_ring.index(stage).slice(FIRST_ROW, BLOCK_M)
             b = b_ring.index(stage).permute((1, 0))
-            acc = warpgroup_mma(a_ring.index(stage), b, acc, use_acc=k > 0, is_async=True)
+            acc = warpgroup_mma(a, b, acc, use_acc=k > 0, is_async=True)
             acc = warpgroup_mma_wait(1, deps=[acc])
-            # The compiler puts a barrier of all consumer warps before this: none of them still reads the stage.
+            # The compiler puts a barrier of the partition's warps before this: none of them still reads the stage.
             mbarrier.arrive(empty.index(freed_stage(step, STAGES)), pred=k > 0)
             step += 1
         acc = warpgroup_mma_wait(0, deps=[acc])
@@ -248,32 +258,50 @@ def _hopper_scaled_mm_kernel(
     a_desc, b_desc, c, a_scale_ptr, b_scale_ptr, a_offset_ptr, b_offset_ptr, a_sum_ptr, b_sum_ptr, bias_ptr,
     terms, stride_sa, SB_COLUMN: gl.constexpr, TMA_STORE: gl.constexpr,
     STAGES: gl.constexpr, BUFFERS: gl.constexpr, VECTORS: gl.constexpr, GROUP_M: gl.constexpr,
+    CONSUMERS: gl.constexpr,
 ):  # fmt: skip
+    BLOCK_M: gl.constexpr = a_desc.block_shape[0]
     BLOCK_N: gl.constexpr = b_desc.block_shape[0]
     OUT: gl.constexpr = c.dtype if TMA_STORE else c.dtype.element_ty
     PIECE: gl.constexpr = [16 * gl.num_warps(), 1024 // OUT.primitive_bitwidth]  # rows of PIECE_BYTES
     a_ring = gl.allocate_shared_memory(a_desc.dtype, [STAGES] + a_desc.block_shape, a_desc.layout)
     b_ring = gl.allocate_shared_memory(b_desc.dtype, [STAGES] + b_desc.block_shape, b_desc.layout)
     out_layout: gl.constexpr = gl.NVMMASharedLayout(128, OUT.primitive_bitwidth, 2)
+    line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     staging = gl.allocate_shared_memory(OUT, [BUFFERS] + PIECE, out_layout)
-    columns = gl.allocate_shared_memory(gl.float32, [VECTORS, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    columns = gl.allocate_shared_memory(gl.float32, [VECTORS, BLOCK_N], line)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=1)
+        mbarrier.init(empty.index(i), count=CONSUMERS)
     fence_async_shared()
     M, N, K = a_desc.shape[0], b_desc.shape[0], a_desc.shape[1]
     operands = (a_scale_ptr, b_scale_ptr, a_offset_ptr, b_offset_ptr, a_sum_ptr, b_sum_ptr, bias_ptr)
-    gl.warp_specialize(
-        [
-            (_consume, (a_ring, b_ring, full, empty, staging, columns, M, N, K, c, operands, terms, stride_sa,
-                        SB_COLUMN, TMA_STORE, GROUP_M)),
-            (_produce, (a_desc, b_desc, a_ring, b_ring, full, empty, GROUP_M)),
-        ],
-        [1],
-        [24],
-    )  # fmt: skip
+    ring = (a_ring, b_ring, full, empty)
+    work = (M, N, K, c, operands, terms, stride_sa)
+    if CONSUMERS == 1:
+        gl.warp_specialize(
+            [
+                (_consume, (0, staging, columns, ring, work, SB_COLUMN, TMA_STORE, GROUP_M, CONSUMERS)),
+                (_produce, (a_desc, b_desc, ring, GROUP_M)),
+            ],
+            [1],
+            [24],
+        )  # fmt: skip
+    else:
+        HALF: gl.constexpr = BLOCK_M // 2
+        staging_2 = gl.allocate_shared_memory(OUT, [BUFFERS] + PIECE, out_layout)
+        columns_2 = gl.allocate_shared_memory(gl.float32, [VECTORS, BLOCK_N], line)
+        gl.warp_specialize(
+            [
+                (_consume, (0, staging, columns, ring, work, SB_COLUMN, TMA_STORE, GROUP_M, CONSUMERS)),
+                (_consume, (HALF, staging_2, columns_2, ring, work, SB_COLUMN, TMA_STORE, GROUP_M, CONSUMERS)),
+                (_produce, (a_desc, b_desc, ring, GROUP_M)),
+            ],
+            [4, 1],
+            [240, 24],
+        )  # fmt: skip
 
 
 def scaled_mm(
@@ -306,15 +334,16 @@ def scaled_mm(
     sb_column = int(b_scale is not None and b_scale.numel() > 1)
     vectors = max(1, sb_column + (a_offset is not None) + (bias is not None))
     piece = 16 * warps, PIECE_BYTES // c.element_size()
-    left = SHARED_BYTES - 1024 - stages * (block_m + block_n) * block_k - vectors * block_n * 4
-    buffers = min(2, left // (piece[0] * PIECE_BYTES))
+    consumers = CONSUMER_WARPS // warps
+    left = SHARED_BYTES - 1024 - stages * (block_m + block_n) * block_k - consumers * vectors * block_n * 4
+    buffers = min(2, left // (consumers * piece[0] * PIECE_BYTES))
     tma_store = n * c.element_size() % 16 == 0
     _hopper_scaled_mm_kernel[(min(processors, triton.cdiv(m, block_m) * triton.cdiv(n, block_n)),)](
         _descriptor(_aligned(a), block_m, block_k), _descriptor(_aligned(b), block_n, block_k),
         _descriptor(c, *piece) if tma_store else c,
         a_scale, b_scale, a_offset, b_offset, a_sum, b_sum, bias, terms, int(a_scale.numel() > 1),
         SB_COLUMN=sb_column, TMA_STORE=tma_store, STAGES=stages, BUFFERS=buffers, VECTORS=vectors, GROUP_M=GROUP_M,
-        num_warps=warps, enable_fp_fusion=False,
+        CONSUMERS=consumers, num_warps=warps, enable_fp_fusion=False,
     )  # fmt: skip
     return c
 

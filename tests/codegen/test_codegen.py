@@ -75,11 +75,13 @@ BAD_PIPELINED = [
     ("pipelined", {"freed_early": 1}),
     ("unfused", {"fused": 1}),
 ]
+PARTITIONED = {**PIPELINED, "setmaxnreg": [24, 120, 240, 256]}
 FP8 = {**GOOD, "mma": ["wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3"]}
 CASES = [
     ("_scaled_mm_kernel 128x128x128 w8 s3 fp8", FP8, "tensor_cores", {"mma": GOOD["mma"]}),
     *[("_scaled_mm_kernel 128x256x128 w8 s3", GOOD, *case) for case in BAD],
     *[("_hopper_scaled_mm_kernel 128x256x128 w8 s4", PIPELINED, *case) for case in BAD_PIPELINED],
+    ("_hopper_scaled_mm_kernel 128x256x128 w4 s4", PARTITIONED, "pipelined", {"setmaxnreg": [24, 240]}),
 ]
 
 

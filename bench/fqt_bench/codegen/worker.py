@@ -134,12 +134,12 @@ def resources(kernel) -> dict[str, int]:
 
 def pipeline(ptx: str) -> dict[str, object]:
     """Of a warp-specialized product: registers that warps ask for, TMA loads and stores in the text, wgmma left in flight
-    by the waits of the main loop, arrivals on a barrier with no barrier of the consumers since they waited."""
+    by the waits of the main loop, arrivals on a barrier with no barrier of the partition's warps since they waited."""
     waited = early = 0
     for line in ptx.splitlines():
         if "wgmma.wait_group" in line:
             waited = 1
-        elif re.search(r"\bbar\.sync\s+0,", line):
+        elif re.search(r"\bbar\.sync\s+\d+,", line):
             waited = 0
         elif "mbarrier.arrive.shared" in line:
             early += waited

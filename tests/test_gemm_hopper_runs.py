@@ -1,0 +1,123 @@
+"""The Hopper product's own source, run on the CPU by the machine of `gluon.py`: its results, and that faults show."""
+
+import importlib.util
+import itertools
+
+import gluon
+import pytest
+import torch
+
+import fqt_kernels.gemm_hopper as kernels
+from fqt import reference
+from fqt.qtensor import Operand
+
+KERNEL = "_hopper_scaled_mm_kernel"
+NAMES = ["x".join(map(str, c[:3])) + f" w{c[3]} s{c[4]}" for c in kernels.CONFIGS]
+# One below and above a tile, a row and a column, rows of C that TMA cannot store, steps below and above the ring.
+SHAPES = [(1, 1, 1), (3, 2, 17), (255, 129, 640), (257, 136, 1300), (128, 256, 128), (300, 520, 48)]
+OFFSETS = list(itertools.product((False, True), (False, True)))
+
+
+def operand(rows: int, k: int, granularity: str, offset: bool, single: bool, seed: int) -> Operand:
+    """Random codes with extreme ones, scales and offsets of many magnitudes; single: one offset."""
+    g = torch.Generator().manual_seed(seed)
+    q = torch.randint(-128, 128, (rows, k), generator=g, dtype=torch.int8)
+    q[0] = -128
+    n = rows if granularity == "per_row" else 1
+    scale = None if granularity == "none" else torch.exp(2 * torch.randn(n, generator=g))
+    shift = torch.randn(1 if single else n, generator=g) if offset else None
+    return Operand(q, scale, shift, q.sum(1, dtype=torch.int32))
+
+
+def launch(module, a: Operand, b: Operand, config, seed: int, bias=None, out_dtype=torch.float32, processors=2):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, KERNEL, gluon.emulate(module, KERNEL, seed))
+        return module.scaled_mm(
+            a.q, b.q, a.scale, b.scale, a_offset=a.offset, b_offset=b.offset, a_sum=a.sum, b_sum=b.sum, bias=bias,
+            out_dtype=out_dtype, config=config, processors=processors,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("config", kernels.CONFIGS, ids=NAMES)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_the_product_is_the_reference(shape, config):
+    """Bit for bit, also in bfloat16; every element is stored once. The order of events differs from case to case."""
+    m, n, k = shape
+    for i, (granularity, (a_offset, b_offset)) in enumerate(itertools.product(("per_row", "per_tensor"), OFFSETS)):
+        seed = 1000 * kernels.CONFIGS.index(config) + 100 * SHAPES.index(shape) + i
+        a = operand(m, k, granularity, a_offset, False, 2 * seed)
+        b = operand(n, k, ("per_row", "per_tensor", "none")[i % 3], b_offset, True, 2 * seed + 1)
+        bias = None if i % 3 == 0 else torch.randn(n).to((torch.float32, torch.bfloat16)[i % 2])
+        out_dtype = (torch.float32, torch.bfloat16)[i // 2 % 2]
+        out = launch(kernels, a, b, config, seed, bias, out_dtype)
+        expected = reference.scaled_mm(a, b, bias, out_dtype)
+        assert out.dtype == out_dtype and torch.equal(out, expected), (shape, i)
+
+
+@pytest.mark.parametrize("config", kernels.CONFIGS, ids=NAMES)
+def test_any_order_of_events_gives_the_same_bits(config):
+    """Of copies that land, products that finish, stores that are read, and partitions that advance."""
+    a, b = operand(400, 1100, "per_row", True, False, 0), operand(264, 1100, "per_row", True, True, 1)
+    expected = reference.scaled_mm(a, b, None, torch.float32)
+    for seed in range(6):
+        assert torch.equal(launch(kernels, a, b, config, seed, processors=1 + seed % 3), expected), seed
+
+
+# ---- the machine can tell
+
+SPLIT, WHOLE = (128, 256, 128, 4, 4), (128, 256, 128, 8, 4)
+EMPTY = "            mbarrier.wait(empty.index(stage), empty_parity(step, STAGES))\n"
+FULL = "            mbarrier.wait(full.index(stage), full_parity(step, STAGES))\n"
+LAST_FREE = "        mbarrier.arrive(empty.index(freed_stage(step, STAGES)))\n"
+STORE = "        buffer.store(out.to(buffer.dtype))\n        fence_async_shared()\n"
+SECOND = "(HALF, staging_2, columns_2, ring"
+MUTATIONS = {
+    "stages are not waited for": (EMPTY, ""),
+    "loads are not waited for": (FULL, ""),
+    "the stage in flight is freed": ("freed_stage(step, STAGES)), pred=k > 0)", "stage_of(step, STAGES)), pred=k > 0)"),
+    "the last stage is not freed": (LAST_FREE, ""),
+    "the last product is not waited for": ("acc = warpgroup_mma_wait(0, deps=[acc])\n", "pass\n"),
+    "two products in flight": ("warpgroup_mma_wait(1, deps=[acc])", "warpgroup_mma_wait(2, deps=[acc])"),
+    "fewer bytes expected": ("(BLOCK_M + BLOCK_N) * BLOCK_K)", "(BLOCK_M + BLOCK_N) * BLOCK_K // 2)"),
+    "more bytes expected": ("(BLOCK_M + BLOCK_N) * BLOCK_K)", "(BLOCK_M + BLOCK_N) * BLOCK_K * 2)"),
+    "A's block is loaded twice": ("tma_load(b_desc, [tile_n * BLOCK_N, k]", "tma_load(b_desc, [tile_m * BLOCK_N, k]"),
+    "staging is not waited for": ("        tma_store_wait(pending)\n", ""),
+    "stores are not fenced": (STORE, STORE.replace("        fence_async_shared()\n", "")),
+    "stores are not waited for at the end": ("    tma_store_wait(0)\n", ""),
+    "barriers are not fenced": ("    fence_async_shared()\n    M, N, K", "    M, N, K"),
+    "both halves are the first": (SECOND, SECOND.replace("HALF", "0")),
+    "staging in common": (SECOND, SECOND.replace("staging_2", "staging")),
+    "columns in common": (SECOND, SECOND.replace("columns_2", "columns")),
+    "one partition frees for both": ("mbarrier.init(empty.index(i), count=CONSUMERS)",
+                                     "mbarrier.init(empty.index(i), count=1)"),
+    "tiles as high as a half": ("tile_m * (BLOCK_M * CONSUMERS) + FIRST_ROW", "tile_m * BLOCK_M + FIRST_ROW"),
+    "tiles counted by halves": ("num_m = gl.cdiv(M, BLOCK_M * CONSUMERS)", "num_m = gl.cdiv(M, BLOCK_M)"),
+    "a half of the columns": ("_column(columns, 0, FIRST, layout)", "_column(columns, 0, 0, layout)"),
+    "rows of another run": ("gl.expand_dims(sa[RUN], 1)\n", "gl.expand_dims(sa[0], 1)\n"),
+    "an unmasked scale": ("mask=offs < extent, other=0)", "mask=offs < extent + 1, other=0)"),
+}  # fmt: skip
+ONLY_WITH_RUNS = {"rows of another run": (256, 128, 128, 8, 4)}
+
+
+@pytest.mark.parametrize("old,new", MUTATIONS.values(), ids=MUTATIONS)
+def test_a_broken_kernel_is_found(old, new, tmp_path, request):
+    """By a fault or a wrong result in one of ten orders of events, of a product with several tiles and more steps than
+    stages."""
+    with open(kernels.__file__) as f:
+        source = f.read()
+    assert source.count(old) == 1, f"{source.count(old)} places to break"
+    (tmp_path / "broken.py").write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location("fqt_kernels.broken_hopper", tmp_path / "broken.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = ONLY_WITH_RUNS.get(request.node.callspec.id, SPLIT)
+    a, b = operand(300, 1100, "per_row", True, False, 0), operand(264, 1100, "per_row", True, True, 1)
+    expected = reference.scaled_mm(a, b, None, torch.float32)
+    for seed in range(10):
+        try:
+            out = launch(module, a, b, config, seed, processors=1)
+        except gluon.Fault:
+            return
+        if not torch.equal(out, expected):
+            return
+    pytest.fail("nothing was found")
