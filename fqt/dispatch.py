@@ -265,6 +265,13 @@ def choose(
     return choice
 
 
+def choose_untuned(
+    op: str, device: torch.device, m: int, n: int, k: int, dtype: torch.dtype | None = None, *, format: str = "int"
+) -> Choice:
+    """`choose` without a table, hence without a look at one."""
+    return _chosen(EMPTY, op, device, m, n, k, dtype, format, True, "", _forced, _is_deterministic())
+
+
 @functools.lru_cache(maxsize=4096)
 def _chosen(table: Table, *call) -> Choice:
     """`select`, without making a problem: operators ask several times for each layer and step."""

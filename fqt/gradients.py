@@ -39,9 +39,12 @@ class Transformed(NamedTuple):
 
 
 def quantized_gradient(
-    dy: Tensor, w: QTensor, x: QTensor, recipe: Recipe, bias: bool, *, rng: Tensor, rank: int
-) -> tuple[QTensor | Transformed, QTensor, Tensor | None] | None:
+    dy: Tensor, w: QTensor, x: QTensor, recipe: Recipe, bias: bool, *, rng: Tensor, rank: int,
+    bias_dtype: torch.dtype = torch.float32,
+) -> tuple[QTensor | Transformed, QTensor, Tensor | None] | None:  # fmt: skip
     """Both quantizations of dY (M, N), for dgrad and for wgrad, and its column sums (N,) if bias, by the fused kernels.
+
+    bias_dtype: of the column sums; those beside a transform stay in float32.
 
     They are those that `input_gradient` and `weight_gradient` make each for itself. None where no fused kernel applies.
     """
@@ -62,7 +65,7 @@ def quantized_gradient(
             row_mul=x.scale.flatten() if _folded(recipe.x) else None,
             col_mul=w.scale.flatten() if _folded(recipe.w) else None,
             rng=rng, streams=(DGRAD + 256 * rank, WGRAD + 256 * rank), sums=recipe.affine, bias=bias,
-            tile=choice.config or None,
+            bias_dtype=bias_dtype, tile=choice.config or None,
         )  # fmt: skip
     return (
         QTensor(rows.codes, None, rows.scale, rows.offset, row_sum=rows.sums),
@@ -176,7 +179,11 @@ def multipliers(w: QTensor, x: QTensor, recipe: Recipe) -> tuple[Tensor | None, 
 
 def _columns(t: QTensor, quantizer: Quantizer) -> Operand:
     """The transposed codes of X or W as an operand, with scale 1 where the scales are folded into dY."""
-    return t.cols()._replace(scale=None) if _folded(quantizer) else t.cols()
+    return Operand(t.qt, None, _flat(t.offset), t.col_sum) if _folded(quantizer) else t.cols()
+
+
+def _flat(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.flatten()
 
 
 def input_gradient(
@@ -197,11 +204,13 @@ def input_gradient(
     quantizer = recipe.dgrad
     if quantizer is None:
         return reference.mm(dy.to(w.scale.dtype), w.dequantize()).to(out_dtype)
-    multiplier = w.scale.t() if _folded(recipe.w) else None
+    recorded = telemetry.is_recording()  # a call of `record` that has nobody to tell takes 5 µs
+    multiplier = w.scale.t() if _folded(recipe.w) and (g is None or recorded) else None
     operand = _columns(w, recipe.w)
     if quantizer.householder:
         g = transformed(dy, quantizer, multiplier=multiplier, sums=recipe.affine, **random) if g is None else g
-        telemetry.record("dgrad", random["rng"], dy, multiplier, quantizer, g.codes, g.groups, g.ranges)
+        if recorded:
+            telemetry.record("dgrad", random["rng"], dy, multiplier, quantizer, g.codes, g.groups, g.ranges)
         columns = w.col_sum.to(w.scale.dtype) if _folded(recipe.w) else w.col_sum * w.scale[0]
         columns = columns if w.offset is None else columns + w.offset[0] * float(dy.shape[1])
         return product_of_inverse(g, operand, columns, quantizer.groups, out_dtype)
@@ -209,7 +218,8 @@ def input_gradient(
         g = quantized(
             dy, quantizer, multiplier=multiplier, stream=DGRAD, sums=recipe.affine, row_absmax=dy_absmax, **random
         )
-    telemetry.record("dgrad", random["rng"], dy, multiplier, quantizer, g)
+    if recorded:
+        telemetry.record("dgrad", random["rng"], dy, multiplier, quantizer, g)
     if dx_absmax is not None and quantizer.range == "delayed":  # what is known before the product
         dx_absmax.copy_(bound_from_product(g.rows(), operand, out_dtype))
         dx_absmax = None
@@ -240,5 +250,6 @@ def weight_gradient(
             dy, recipe.wgrad, multiplier=multiplier, stream=WGRAD, rows=False, cols=True, sums=recipe.affine,
             row_absmax=dy_absmax, **random,
         )  # fmt: skip
-    telemetry.record("wgrad", random["rng"], dy, multiplier, recipe.wgrad, h)
+    if telemetry.is_recording():
+        telemetry.record("wgrad", random["rng"], dy, multiplier, recipe.wgrad, h)
     return product(h.cols(), _columns(x, recipe.x), out_dtype=out_dtype, out=out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from typing import Any, ClassVar, NamedTuple
 
@@ -111,16 +112,17 @@ class QuantizedLayer(nn.Module):
         if not x.is_floating_point():
             raise TypeError(f"{self.label}: the input must be floating point, got {x.dtype}")
         self._check_shape(x)
-        if x.device != self.weight.device:
-            raise ValueError(f"{self.label}: the input is on {x.device}, the weight on {self.weight.device}")
+        weight = self.weight
+        if x.device != weight.device:
+            raise ValueError(f"{self.label}: the input is on {x.device}, the weight on {weight.device}")
         if not torch.compiler.is_compiling() and x.is_cuda:
             self._say_fallback(x)
         kind = x.device.type
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
             return torch.get_autocast_dtype(kind)
-        if x.dtype != self.weight.dtype:
+        if x.dtype != weight.dtype:
             raise TypeError(
-                f"{self.label}: the input is {x.dtype}, the weight {self.weight.dtype}; cast one or use autocast"
+                f"{self.label}: the input is {x.dtype}, the weight {weight.dtype}; cast one or use autocast"
             )
         return x.dtype
 
@@ -155,7 +157,8 @@ class QuantizedLayer(nn.Module):
         key = self._cache_key(w)
         cached = self._fqt_cache
         if cached is None or cached.key != key or (transposed and not cached.transposed):
-            with torch.inference_mode(False):  # whose tensors autograd could not save for a later step
+            # Autograd could not save tensors of inference mode for a later step.
+            with torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext():
                 cached = Cached(key, self._quantize(w.detach(), transposed), transposed)
             self._keep(cached)
         return cached.value
@@ -164,7 +167,7 @@ class QuantizedLayer(nn.Module):
         raise NotImplementedError
 
     def _keep(self, codes: Cached) -> None:
-        self._fqt_cache = codes
+        self.__dict__["_fqt_cache"] = codes  # past Module.__setattr__
 
     def _cache_key(self, w: Tensor) -> tuple:
         return w.data_ptr(), w._version, w.dtype, w.device, self._fqt_recipe, _steps if w.requires_grad else None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import ops, ranges
 from .conv_nn import Conv1d, Conv2d, Conv3d
-from .dispatch import Choice, problem, select
+from .dispatch import Choice, choose_untuned
 from .int8_weight import DTYPES, HELD, Int8Weight
 from .layer import Cached, QuantizedLayer, invalidate_
 from .qtensor import QTensor
@@ -76,24 +76,23 @@ class Linear(QuantizedLayer, nn.Linear):
         if recipe.is_exact:
             return F.linear(input, self.weight, self.bias)
         out_dtype = self._check(input)
-        lead = input.shape[:-1]
-        x = input.reshape(math.prod(lead), self.in_features)
+        weight, lead = self.weight, input.shape[:-1]
+        x = input if len(lead) == 1 else input.reshape(math.prod(lead), self.in_features)
         training = torch.is_grad_enabled()
-        save_x = training and self.weight.requires_grad
+        save_x = training and weight.requires_grad
         w = self._quantized_weight(transposed=training and input.requires_grad)
-        y = ops.linear(
-            x, self.weight, self.bias, w.q, w.qt, w.scale, w.offset, w.row_sum, w.col_sum, self._fqt_rng,
-            self._fqt_spec, out_dtype, save_x, self.fuse_grad_accumulation and not torch.compiler.is_compiling(),
-            self._fqt_range_state,
-        )[0]  # fmt: skip
-        return y.reshape(*lead, self.out_features)
+        y = ops.linear_of(
+            x, weight, self.bias, w, self._fqt_rng, self._fqt_spec, out_dtype, save_x,
+            self.fuse_grad_accumulation and not torch.compiler.is_compiling(), self._fqt_range_state,
+        )  # fmt: skip
+        return y if len(lead) == 1 else y.reshape(*lead, self.out_features)
 
     def _check_shape(self, x: Tensor) -> None:
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"{self.label}: expected input (*, {self.in_features}), got {tuple(x.shape)}")
 
     def _would_choose(self, x: Tensor) -> Choice:
-        return select(problem("scaled_mm", x.device, 128, 128, 128, x.dtype, format=self._fqt_recipe.format))
+        return choose_untuned("scaled_mm", x.device, 128, 128, 128, x.dtype, format=self._fqt_recipe.format)
 
     # ---- the weight's codes
 

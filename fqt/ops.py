@@ -3,6 +3,9 @@
 `quantize`, `scaled_mm` and the two halves of a linear layer. Each runs on CPU and CUDA tensors of any strides, traces
 under torch.compile, and knows its output shapes without data. The optional outputs of an operator are empty tensors,
 since operator schemas have no optional outputs.
+
+torch.library takes longer to call an operator than this package to compute it. A layer (`linear_of`, `quantize_weight`)
+calls the code beneath by itself where nothing would see the operator (`is_unwatched`).
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from . import gradients, products, ranges, reference, rng
 from .qtensor import Operand, QTensor
 from .ranges import handover
 from .recipe import Quantizer, Recipe
+from .unwatched import is_unwatched
 
 _DEVICES = ("cpu", "cuda")
 
@@ -134,11 +138,14 @@ def _fake_scale(x: Tensor, granularity: str) -> Tensor:
 
 
 def quantize_weight(w: Tensor, recipe: Recipe, transposed: bool) -> QTensor:
-    """W (N, K) by the recipe's quantizer through the operator, so that it can be traced; both layouts if transposed.
+    """W (N, K) by the recipe's quantizer, through the operator where that is traced; both layouts if transposed.
 
     The codes are int8, the bytes of those of another format.
     """
     z = recipe.w
+    if w.dim() == 2 and w.is_floating_point() and z.rounding == "nearest" and is_unwatched(w):
+        t = products.quantized(w, z, cols=transposed, sums=recipe.affine)
+        return t if z.format == "int" else t._replace(q=_as_bytes(t.q), qt=_as_bytes(t.qt))
     q, qt, scale, offset, row_sum, col_sum = quantize(
         w, z.bits, z.granularity, z.zero, z.rounding, cols=transposed, sums=recipe.affine, format=z.format
     )
@@ -245,11 +252,8 @@ def linear(
     there is one, by itself (see `fqt.nn.Linear`). Returns (y, and if save_x the
     transposed codes of X (K, M), their scale, offset and column sums; else four empty tensors).
     """
-    r = _recipe(recipe)
-    xq = products.quantized(x, r.x, cols=save_x, sums=r.affine)
-    w = QTensor(_as_codes(w_q, r), None, w_scale, w_offset, w_row_sum)
-    y = products.product(xq.rows(), w.rows(), bias, out_dtype)
-    if not save_x:
+    y, xq = _forward(x, bias, QTensor(w_q, None, w_scale, w_offset, w_row_sum), _recipe(recipe), out_dtype, save_x)
+    if xq is None:
         return (
             y,
             x.new_empty(0, dtype=torch.int8),
@@ -263,6 +267,15 @@ def linear(
         _or_empty(xq.offset, xq.scale),
         _or_empty(xq.col_sum, x.new_empty(0, dtype=torch.int32)),
     )
+
+
+def _forward(
+    x: Tensor, bias: Tensor | None, w: QTensor, r: Recipe, out_dtype: torch.dtype, save_x: bool
+) -> tuple[Tensor, QTensor | None]:
+    """Y, and if save_x X quantized in both layouts."""
+    xq = products.quantized(x, r.x, cols=save_x, sums=r.affine)
+    w = w if r.format == "int" else w._replace(q=_as_codes(w.q, r))
+    return products.product(xq.rows(), w.rows(), bias, out_dtype), xq if save_x else None
 
 
 @linear.register_fake
@@ -311,31 +324,61 @@ def linear_backward(
     The bias gradient is the column sum of dY itself. w_grad: dW is added to it, and not returned. dy_absmax, dy_exact: what
     was handed over of dY's rows; dx_absmax (M,) int32 zeros: becomes what is handed over of dX's (see `fqt.ranges`).
     """
+    found = _gradients(
+        dy, (x_qt, x_scale, x_offset, x_col_sum), (w_qt, w_scale, w_offset, w_col_sum), rng, rank, recipe,
+        (x_dtype, w_dtype, bias_dtype), (need_x, need_w, need_bias), w_grad,
+        None if dy_absmax is None else ranges.Rows(dy_absmax, dy_exact), dx_absmax, range_state,
+    )  # fmt: skip
+    return tuple(
+        _or_empty(t, dy.new_empty(0, dtype=dtype))
+        for t, dtype in zip(found, (x_dtype, w_dtype, bias_dtype), strict=True)
+    )
+
+
+def _gradients(
+    dy: Tensor,
+    x: tuple[Tensor | None, ...],
+    w: tuple[Tensor | None, ...],
+    rng: Tensor,
+    rank: int,
+    recipe: str,
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+    needed: tuple[bool, bool, bool],
+    w_grad: Tensor | None,
+    rows: ranges.Rows | None,
+    dx_absmax: Tensor | None,
+    range_state: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`linear_backward`, None for what is not needed or was added to w_grad.
+
+    x, w: transposed codes, scale, offset and column sums, None or empty what there is not.   rows: what was handed over
+    of dY's rows.
+    """
     r = _recipe(recipe)
     random = {"rng": rng, "rank": rank}
-    dx, dw, dbias = (dy.new_empty(0, dtype=d) for d in (x_dtype, w_dtype, bias_dtype))
-    w = QTensor(None, _as_codes(w_qt, r), w_scale, w_offset, None, w_col_sum)
-    x = QTensor(
-        None, _as_codes(x_qt, r), x_scale, _or_none(x_offset, x_offset.numel() > 0), None, _or_none(x_col_sum, r.affine)
-    )
-    g = h = total = None
-    rows = None if dy_absmax is None else ranges.Rows(dy_absmax, dy_exact)
-    g_absmax, h_absmax = (
-        None if z is None or not needed else ranges.row_ranges_for(z, dy, multiplier, rows, state)
-        for z, needed, multiplier, state in zip(
-            (r.dgrad, r.wgrad), (need_x, need_w), gradients.multipliers(w, x, r),
-            (None, None) if range_state is None else range_state, strict=True,
-        )
-    )  # fmt: skip
+    (x_dtype, w_dtype, bias_dtype), (need_x, need_w, need_bias) = dtypes, needed
+    w = QTensor(None, _as_codes(w[0], r), *w[1:3], None, w[3])
+    x_qt, x_scale, x_offset, x_col_sum = x
+    offset = None if x_offset is None or not x_offset.numel() else x_offset
+    x = QTensor(None, _as_codes(x_qt, r), x_scale, offset, None, _or_none(x_col_sum, r.affine))
+    dx = dw = dbias = g = h = total = g_absmax = h_absmax = None
+    if rows is not None or any(z is not None and z.range == "delayed" for z in (r.dgrad, r.wgrad)):
+        g_absmax, h_absmax = (
+            None if z is None or not needs else ranges.row_ranges_for(z, dy, multiplier, rows, state)
+            for z, needs, multiplier, state in zip(
+                (r.dgrad, r.wgrad), (need_x, need_w), gradients.multipliers(w, x, r),
+                (None, None) if range_state is None else range_state, strict=True,
+            )
+        )  # fmt: skip
     both = None
     if need_x and need_w and g_absmax is None and h_absmax is None:
-        both = gradients.quantized_gradient(dy, w, x, r, need_bias, **random)
+        both = gradients.quantized_gradient(dy, w, x, r, need_bias, bias_dtype=bias_dtype, **random)
     if both is not None:
         g, h, total = both
     if need_x:
         dx = gradients.input_gradient(dy, w, r, x_dtype, g, g_absmax, dx_absmax, **random)
     if need_bias:
-        dbias = (dy.sum(0, dtype=w_scale.dtype) if total is None else total).to(bias_dtype)
+        dbias = (dy.sum(0, dtype=w.scale.dtype) if total is None else total).to(bias_dtype)
     if need_w:  # last: dY may be the very gradient that is added to
         added = gradients.weight_gradient(dy, x, r, w_dtype, h, w_grad, h_absmax, **random)
         dw = added if w_grad is None else dw
@@ -357,10 +400,19 @@ def _(dy, x_qt, x_scale, x_offset, x_col_sum, w_qt, w_scale, w_offset, w_col_sum
 
 def _setup_context(ctx, inputs, output) -> None:
     x, weight, bias, _, w_qt, w_scale, w_offset, _, w_col_sum, rng_state, recipe, _, save_x, accumulate, state = inputs
-    ctx.range_state = state
     ctx.mark_non_differentiable(*output[1:])
+    r = _recipe(recipe)  # the same is saved as by `fqt_linear`: a checkpoint's recomputation may take the other way
+    there = save_x, save_x, save_x and r.x.zero != "symmetric", save_x and r.affine
+    of_x = (t if is_there else None for t, is_there in zip(output[1:], there, strict=True))
+    saved = *of_x, w_qt, w_scale, w_offset, w_col_sum
+    _remember(ctx, x, weight, bias, saved, rng_state, recipe, save_x, accumulate, state)
+
+
+def _remember(ctx, x, weight, bias, saved, rng_state, recipe, save_x, accumulate, state) -> None:
+    """For backward; saved: transposed codes, scale, offset and column sums, of X and of W."""
+    ctx.range_state = state
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:], w_qt, w_scale, w_offset, w_col_sum)
+    ctx.save_for_backward(*saved)
     ctx.rng, ctx.recipe, ctx.save_x = rng_state, recipe, save_x
     ctx.parameter = weight if accumulate else None
     ctx.follows = ranges.follows_linear(x)
@@ -380,17 +432,30 @@ def _backward(ctx, dy, *_):
     if z is not None and ranges.uses_rows(z, w.granularity == "per_row") and handover.serves(dy):
         rows = handover.take(dy)
         left = dy.new_zeros(dy.shape[0], dtype=torch.int32) if need_x and ctx.follows else None
-    handed = (None, False) if rows is None else rows
     needed = need_x, need_w, need_bias
-    dx, dw, dbias = linear_backward(
-        dy, *saved, ctx.rng, rng.rank(), ctx.recipe, *ctx.dtypes, *needed, w_grad, *handed, left, ctx.range_state
-    )
+    dx, dw, dbias = _backward_of(dy, saved, ctx, needed, w_grad, rows, left)
     if left is not None:
         handover.leave(dx, ranges.Rows(left, exact=z.range != "delayed"))
     if torch.is_grad_enabled():  # create_graph=True
         dx, dw, dbias = _NoSecondDerivative.apply(dy.new_empty(0, requires_grad=True), dx, dw, dbias)
     dw = dw if need_w and w_grad is None else None
     return (dx if need_x else None, dw, dbias if need_bias else None, *(None,) * 12)
+
+
+def _backward_of(dy, saved, ctx, needed, w_grad, rows, left) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`linear_backward`, or what is beneath it."""
+    if not torch.is_grad_enabled() and is_unwatched(dy, w_grad):
+        if w_grad is not None:  # a kernel does not
+            torch.autograd.graph.increment_version(w_grad)
+        return _gradients(
+            dy, saved[:4], saved[4:], ctx.rng, rng.rank(), ctx.recipe, ctx.dtypes, needed, w_grad, rows, left,
+            ctx.range_state,
+        )  # fmt: skip
+    x = [dy.new_empty(0) if t is None else t for t in saved[:4]]
+    handed = (None, False) if rows is None else rows
+    return linear_backward(
+        dy, *x, *saved[4:], ctx.rng, rng.rank(), ctx.recipe, *ctx.dtypes, *needed, w_grad, *handed, left, ctx.range_state
+    )  # fmt: skip
 
 
 def _grad_to_add_to(parameter: Tensor | None) -> Tensor | None:
@@ -433,3 +498,47 @@ class _NoSecondDerivative(torch.autograd.Function):
 
 
 linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+# ---- a layer's call
+
+
+def linear_of(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    w: QTensor,
+    rng_state: Tensor,
+    recipe: str,
+    out_dtype: torch.dtype,
+    save_x: bool,
+    accumulate: bool,
+    range_state: Tensor | None,
+) -> Tensor:
+    """Y of `fqt::linear`, by the operator or, where nothing would see it, by the code beneath."""
+    if not is_unwatched(x, weight, bias):
+        return linear(
+            x, weight, bias, w.q, w.qt, w.scale, w.offset, w.row_sum, w.col_sum, rng_state, recipe, out_dtype, save_x,
+            accumulate, range_state,
+        )[0]  # fmt: skip
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return fqt_linear.apply(x, weight, bias, w, rng_state, recipe, out_dtype, save_x, accumulate, range_state)
+    return _forward(x, bias, w, _recipe(recipe), out_dtype, save_x)[0]
+
+
+class fqt_linear(torch.autograd.Function):
+    """`fqt::linear` without the dispatcher. `ranges.follows_linear` knows both nodes by this name."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, w, rng_state, recipe, out_dtype, save_x, accumulate, range_state):
+        y, xq = _forward(x, bias, w, _recipe(recipe), out_dtype, save_x)
+        of_x = (None,) * 4 if xq is None else (_as_bytes(xq.qt), xq.scale, xq.offset, xq.col_sum)
+        saved = *of_x, w.qt, w.scale, w.offset, w.col_sum
+        _remember(ctx, x, weight, bias, saved, rng_state, recipe, save_x, accumulate, range_state)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return _backward(ctx, dy)[:10]

@@ -21,10 +21,13 @@ def device_guard(t: Tensor):
 
 
 class _Launching(torch.cuda.device):
-    """Says of a launch that a capture refused what to do about it."""
+    """Says of a launch that a capture refused what to do about it. Entered at every launch: it takes a GPU's own index."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.idx, self.prev_idx = device.index, -1
 
     def __exit__(self, kind, error, traceback):
-        super().__exit__(kind, error, traceback)
+        torch.cuda._maybe_exchange_device(self.prev_idx)
         if isinstance(error, RuntimeError) and "capturing" in str(error):
             raise RuntimeError(
                 f"a kernel could not be launched while a CUDA graph is captured ({error}): run one step with the same "
@@ -109,7 +112,7 @@ def product(
     operands = a.q.contiguous(), b.q.contiguous(), a.scale, b.scale
     terms = dict(a_offset=a.offset, b_offset=b.offset, a_sum=a.sum, b_sum=b.sum,
                  bias=None if bias is None else bias.contiguous())  # fmt: skip
-    processors = device_info(str(a.q.device))[1] if a.q.is_cuda else 1
+    processors = device_info(str(a.q.device))[1] if choice.kernel == "hopper" else 1
     launch = launcher((choice.kernel, choice.config, choice.split_k), processors)
     more = {} if plain else dict(out=out, row_absmax=row_absmax)
     with device_guard(a.q):

@@ -255,8 +255,8 @@ def scaled_mm(
     a, b = _padded(a), _padded(b)
     k = a.shape[1]
     block_m, block_n, block_k, warps, stages = config
-    tiles, num_k = triton.cdiv(m, block_m) * triton.cdiv(n, block_n), triton.cdiv(k, block_k)
-    split_k = triton.cdiv(num_k, triton.cdiv(num_k, split_k)) if num_k else 1  # so that none is left without a block
+    tiles, num_k = -(-m // block_m) * -(-n // block_n), -(-k // block_k)  # triton.cdiv takes 2 µs
+    split_k = -(-num_k // -(-num_k // split_k)) if num_k else 1  # so that none is left without a block
     partial = None
     if split_k > 1:  # a sum and a count for each tile
         partial = torch.zeros(tiles * (block_m * block_n + 1), dtype=torch.int32, device=a.device)

@@ -74,7 +74,7 @@ def scaled_mm(
     stride_cm = c.stride(0)
     unit = UNIT if n % UNIT == 0 and stride_cm % UNIT == 0 else 1
     block_m, block_n, warps = TILE
-    _epilogue_kernel[(triton.cdiv(m, block_m) * triton.cdiv(n, block_n),)](
+    _epilogue_kernel[(-(-m // block_m) * -(-n // block_n),)](
         sums, c, a_scale, b_scale, a_offset, b_offset, a_sum, b_sum, bias, row_absmax,
         m, n // unit, terms, stride_cm // unit, int(a_scale.numel() > 1), int(b_scale is not None and b_scale.numel() > 1),
         BLOCK_M=block_m, BLOCK_N=block_n, UNIT=unit, ADD=out is not None, WIDE=is_wide(block_m * max(n, stride_cm)),

@@ -164,12 +164,16 @@ def _params_kernel(
         tl.store(total_ptr + g, tl.sum(total, 0).to(total_ptr.dtype.element_ty), mask=mask_g)
 
 
-def empty_params(shape: tuple[int, int], zero: str, device: torch.device) -> Params:
-    """Room for the parameters of shape[0] · shape[1] groups."""
-    groups = shape[0] * shape[1]
+def empty_params(shape: tuple[int, int], zero: str, device: torch.device, between: bool = True) -> Params:
+    """Room for the parameters of shape[0] · shape[1] groups.
+
+    between: for inv and zp too, which one kernel leaves to another; else they are None.
+    """
     new = lambda *s: torch.empty(s, dtype=torch.float32, device=device)  # noqa: E731
-    symmetric = is_symmetric(zero)
-    return Params(new(*shape), None if symmetric else new(*shape), new(groups), None if symmetric else new(groups))
+    rooms = 1 if is_symmetric(zero) else 2  # without or with offset and zp
+    scale, offset = (new(*shape) if i < rooms else None for i in range(2))
+    inv, zp = (new(shape[0] * shape[1]) if between and i < rooms else None for i in range(2))
+    return Params(scale, offset, inv, zp)
 
 
 def params(
@@ -188,7 +192,7 @@ def params(
     _, parts, groups = partial.shape if partial is not None else (1, *sums.shape)
     block_s, block_g = (1024, 1) if groups == 1 else (16, 32)
     scale, offset, inv, zp = (None,) * 4 if out is None else out
-    _params_kernel[(triton.cdiv(groups, block_g),)](
+    _params_kernel[(-(-groups // block_g),)](
         partial, sums, scale, offset, inv, zp, total, parts, groups,
         BITS=bits, ZERO=ZERO[zero], BLOCK_S=block_s, BLOCK_G=block_g, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
@@ -206,10 +210,10 @@ def row_stats(
     if granularity == "per_column":  # the rows of the transposed view
         m, n, xm, xn, mul_rows = n, m, xn, xm, not mul_rows
     block_m, block_n, warps = STATS["rows" if xn <= xm else "cols"]
-    num_m, num_n = triton.cdiv(m, block_m), triton.cdiv(n, block_n)
+    num_m, num_n = -(-m // block_m), -(-n // block_n)  # triton.cdiv takes 2 µs
     tiles = min(max(num_m * num_n // STATS_MIN_PROGRAMS, 1), num_n)
     tiles = 1 << (tiles - 1).bit_length()  # a power of two: few variants to compile
-    programs = num_m * triton.cdiv(num_n, tiles)
+    programs = num_m * -(-num_n // tiles)
     tensor = granularity == "per_tensor"
     parts, groups = (programs, 1) if tensor else (programs // num_m, m)
     partial = torch.empty(1 if symmetric else 2, parts, groups, dtype=torch.int32, device=x.device)
