@@ -5,6 +5,7 @@
 X is (M, K), W (N, K), dY (M, N); a, b and c are the bytes that quantizing an element of each moves, which follow from the
 recipe. R and BW are `Ceilings`: rates that `fqt bench` measured on the same GPU, or shares of its datasheet's peaks. On a
 GPU with a known number of processors the tiles of each product are counted in waves, and each kernel costs its launch.
+`python -m fqt_bench.calibrate` fits the constants to what was measured on a GPU.
 A prediction is never a measurement: it says "measured" or "datasheet" for where its ceilings come from. Where every
 operator of a layer was tuned on the GPU, `tuned_linear` adds up the times that tuning took instead, and says "tuned".
 
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 SOURCES = ("measured", "datasheet")
 ELEMENT = 2  # bytes of bf16; of a code: 1
 _CODES = {"int": "int8", "e4m3": "fp8"}
-LAUNCH_US = 2.0  # an assumption: from the end of a kernel to the start of the next one of the same stream
+LAUNCH_US = 2.0  # an assumption
+FITTED = {"launch_us": (0.0, 100.0), "quantize_share": (0.05, 2.0), "bf16_fill": (0.0, 1.0)}  # constants and ranges
 MEASURED = Path(__file__).with_name("ceilings.json")
 
 
@@ -46,8 +48,12 @@ class Ceilings:
     written bytes counted. source: "measured" or "datasheet". arch and processors as in `dispatch.Problem`; with 0
     processors a prediction has neither waves nor launches.
 
+    launch_us: from the end of a kernel to the start of the next one of the same stream. quantize_share: of tb_s, what
+    quantization reaches. bf16_fill: how far the waves of our tiles hold for bf16's library, whose tiles are not known: 1
+    like ours, 0 not at all. The three are assumptions until `fqt_bench.calibrate` has fitted them.
+
     Raises:
-        ValueError: a rate that is no positive number, or an unknown source.
+        ValueError: a rate that is no positive number, another constant out of its range, or an unknown source.
     """
 
     bf16_tflops: float
@@ -58,12 +64,19 @@ class Ceilings:
     gpu: str = ""
     arch: str = ""
     processors: int = 0
+    launch_us: float = LAUNCH_US
+    quantize_share: float = 1.0
+    bf16_fill: float = 1.0
 
     def __post_init__(self) -> None:
         for field in ("bf16_tflops", "int8_tops", "fp8_tflops", "tb_s"):
             value = getattr(self, field)
             if not (_is_rate(value) or (value is None and field == "fp8_tflops")):
                 raise ValueError(f"{field} must be a positive number, got {value!r}")
+        for field, (low, high) in FITTED.items():
+            value = getattr(self, field)
+            if not (value == 0 or _is_rate(value)) or not low <= value <= high:
+                raise ValueError(f"{field} must be a number from {low} to {high}, got {value!r}")
         if self.source not in SOURCES:
             raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {self.source!r}")
 
@@ -241,17 +254,28 @@ def _rate(recipe: Recipe, ceilings: Ceilings) -> float:
 def product(name: str, shape: tuple[int, int, int], rate: float, ceilings: Ceilings, format: str = "int") -> Product:
     """Predict one product of codes of a format ("int", "e4m3") at `rate` tera-operations a second, beside bf16.
 
-    Both are charged the same waves: the tiles of the bf16 library are not known.
+    Both are charged the waves of our tiles, bf16 as far as `Ceilings.bf16_fill` says.
     """
     m, n, k = shape
-    full = _fullness(shape, ceilings, format)
-    ms = [max(2e-9 * m * n * k / (tera * full), _memory_ms(size * (m * k + n * k) + ELEMENT * m * n, ceilings))
-          + _launch_ms(1, ceilings) for tera, size in ((ceilings.bf16_tflops, ELEMENT), (rate, 1))]  # fmt: skip
+    full = fullness(shape, ceilings, format)
+    rates = (ceilings.bf16_tflops * full**ceilings.bf16_fill, ELEMENT), (rate * full, 1)
+    ms = [max(2e-9 * m * n * k / tera, _memory_ms(size * (m * k + n * k) + ELEMENT * m * n, ceilings))
+          + _launch_ms(1, ceilings) for tera, size in rates]  # fmt: skip
     return Product(name, shape, *ms)
 
 
 def _pass(name: str, elements: int, size: int, kernels: int, ceilings: Ceilings) -> Pass:
-    return Pass(name, elements, size, _memory_ms(elements * size, ceilings) + _launch_ms(kernels, ceilings))
+    return Pass(name, elements, size, quantized(elements * size, kernels, ceilings))
+
+
+def quantized(size: float, kernels: int, ceilings: Ceilings) -> float:
+    """Milliseconds of kernels one after the other that move so many bytes in all, to quantize."""
+    return _memory_ms(size, ceilings) / ceilings.quantize_share + _launch_ms(kernels, ceilings)
+
+
+def copied(size: float, ceilings: Ceilings) -> float:
+    """Milliseconds of a copy that reads and writes so many bytes in all."""
+    return _memory_ms(size, ceilings) + _launch_ms(1, ceilings)
 
 
 def _memory_ms(size: float, ceilings: Ceilings) -> float:
@@ -259,10 +283,10 @@ def _memory_ms(size: float, ceilings: Ceilings) -> float:
 
 
 def _launch_ms(kernels: int, ceilings: Ceilings) -> float:
-    return 1e-3 * LAUNCH_US * kernels if ceilings.processors else 0.0
+    return 1e-3 * ceilings.launch_us * kernels if ceilings.processors else 0.0
 
 
-def _fullness(shape: tuple[int, int, int], ceilings: Ceilings, format: str) -> float:
+def fullness(shape: tuple[int, int, int], ceilings: Ceilings, format: str) -> float:
     """The share of the processors' time that goes into the (m, n) output, not into partial tiles and a partial wave."""
     if not ceilings.processors or not ceilings.arch:
         return 1.0
@@ -347,9 +371,14 @@ def named(gpu: str, arch: str, processors: int) -> Ceilings:
     """`ceilings` of a GPU by torch's name of it, its arch and its number of processors."""
     entry = measured(MEASURED).get(gpu)
     if entry is not None:
-        rates = (entry[f] for f in ("bf16_tflops", "int8_tops", "fp8_tflops", "tb_s"))
-        return Ceilings(*rates, "measured", gpu, arch, processors)
+        return of_entry(entry, arch, processors)
     return from_datasheet(gpu, arch, processors)
+
+
+def of_entry(entry: dict, arch: str, processors: int) -> Ceilings:
+    """The ceilings of an entry of measured ones."""
+    rates = (entry[f] for f in ("bf16_tflops", "int8_tops", "fp8_tflops", "tb_s"))
+    return Ceilings(*rates, "measured", entry["gpu"], arch, processors, **entry.get("fitted", {}))
 
 
 def from_datasheet(gpu: str, arch: str, processors: int) -> Ceilings:
@@ -366,7 +395,8 @@ def from_datasheet(gpu: str, arch: str, processors: int) -> Ceilings:
 
 def measured(path: Path) -> dict[str, dict]:
     """The newest entry of each GPU in a file of measured ceilings: a list of {gpu, bf16_tflops, int8_tops, fp8_tflops
-    (or null), tb_s, versions, date (ISO 8601), file}, as `fqt bench` writes them.
+    (or null), tb_s, versions, date (ISO 8601), file}, as `fqt bench` writes them; "fitted", those of FITTED that
+    `fqt_bench.calibrate` adds.
 
     Raises:
         ValueError: a file that is no such list, naming the entry and the field.
@@ -390,7 +420,7 @@ _FIELDS = {"gpu": str, "bf16_tflops": float, "int8_tops": float, "fp8_tflops": f
 
 def _invalid(entry: object) -> str:
     """What is wrong with an entry of measured ceilings, "" for nothing."""
-    if not isinstance(entry, dict) or entry.keys() != _FIELDS.keys():
+    if not isinstance(entry, dict) or entry.keys() - {"fitted"} != _FIELDS.keys():
         got = ", ".join(entry) if isinstance(entry, dict) else type(entry).__name__
         return f"its fields must be {', '.join(_FIELDS)}, got {got}"
     for field, kind in _FIELDS.items():
@@ -400,6 +430,13 @@ def _invalid(entry: object) -> str:
                 return f"{field} must be a positive number, got {value!r}"
         elif not isinstance(value, kind) or not value:
             return f"{field} must be a non-empty {kind.__name__}, got {value!r}"
+    fitted = entry.get("fitted", {})
+    if not isinstance(fitted, dict) or fitted.keys() - FITTED.keys():
+        return f"fitted may have {', '.join(FITTED)}, got {fitted!r}"
+    try:
+        of_entry(entry, "", 0)
+    except (TypeError, ValueError) as e:
+        return f"fitted: {e}"
     return ""
 
 
