@@ -1,5 +1,6 @@
 """The benchmark's device side with a fake torch.cuda, and the trial run in processes of its own."""
 
+import functools
 import json
 import sys
 import time
@@ -207,3 +208,22 @@ def test_a_worker_is_this_package_and_runs_its_share(monkeypatch):
         assert ahead.main(ahead.command(part, 3, suites=["kernels"], only="g*", quick=True)[3:]) == 0
     assert sorted(ran) == list("abcde") and 1 <= ahead.parts() <= ahead.MAX_PARTS
     assert asked == [(["kernels"], True, "g*")] * 3
+
+
+def test_a_brief_case_is_built_and_run_by_one_worker_alone(monkeypatch):
+    """With as many workers, each would build the inputs of every case; those of a full one are shared out by candidate."""
+    built, ran = [], []
+
+    def build(name, sets=1):
+        built.append(name)
+        return a_case(*(candidate(f"{name}{i}", run=lambda i, of=f"{name}{i}": ran.append(of)) for i in range(4)))
+
+    todo = [Plan("s", name, 1.0, functools.partial(build, name), effort=effort)
+            for name, effort in (("b", suites.BRIEF), ("c", suites.BRIEFER), ("a", None))]  # fmt: skip
+    for name in ("current_device", "synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 0)
+    monkeypatch.setattr(suites, "plans", lambda suites, device, quick, only: todo)
+    for part in range(3):
+        ahead.main(ahead.command(part, 3, suites=["kernels"], only="*", quick=False)[3:])
+    assert sorted(built) == ["a", "a", "a", "b", "c"]
+    assert sorted(ran) == [f"{name}{i}" for name in "abc" for i in range(4)]

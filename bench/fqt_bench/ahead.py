@@ -96,13 +96,14 @@ def main(argv: Sequence[str]) -> int:
     """A worker: run each of its candidates once, saying so. A kernel that breaks the CUDA context ends the process."""
     import torch
 
-    from .suites import plans
+    from .suites import LAST, plans
 
     work = json.loads(argv[0])
     device = torch.device("cuda", torch.cuda.current_device())
     number = 0
-    for plan in plans(work["suites"], device, work["quick"], work["only"]):
-        if plan.key != "cases":
+    for turn, plan in enumerate(plans(work["suites"], device, work["quick"], work["only"])):
+        whole = plan.effort in LAST  # a worker's alone: inputs and oracles would cost each as much as what it runs
+        if plan.key != "cases" or (whole and turn % work["parts"] != work["part"]):
             continue
         try:
             case = plan.build(sets=1)
@@ -110,8 +111,8 @@ def main(argv: Sequence[str]) -> int:
             print(f"fqt_bench.ahead: {plan.suite} {plan.shape}: {error}", file=sys.stderr)
             continue
         for candidate in (c for c in case.candidates if not c.missing):
-            number += 1
-            if number % work["parts"] == work["part"]:
+            number += not whole
+            if whole or number % work["parts"] == work["part"]:
                 run_once(
                     lambda run=candidate.run: run(0), (case.suite, case.shape, candidate.name), torch.cuda.synchronize
                 )

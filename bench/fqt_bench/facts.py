@@ -21,7 +21,8 @@ PAIRS = {GEMM: (OWN_INT8, BF16), LINEAR: (OWN_LAYER, BF16)}  # suite: tags of in
 TITLES = {GEMM: "products", LINEAR: "layers, forward and backward"}
 FORMATS = ("int8", "bf16", "fp8")
 _FORMAT_OF = {"_int_mm": "int8", "torchao": "int8", "psq8": "int8", **dict.fromkeys((*OWN_INT8, *OWN_LAYER), "int8"),
-              **dict.fromkeys(BF16, "bf16"), "fp8": "fp8", "_scaled_mm fp8": "fp8"}  # fmt: skip
+              **dict.fromkeys(BF16, "bf16"), "fp8": "fp8", "_scaled_mm fp8": "fp8", "torchao fp8": "fp8",
+              "_int_mm compiled": "int8"}  # fmt: skip
 NOT_MEASURED = "not measured"
 
 

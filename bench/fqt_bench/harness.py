@@ -21,6 +21,7 @@ import torch
 from .stats import percentile, speed_ups
 
 DOES_NOT_FIT = "does not fit"  # begins the remark on a candidate that the device is too small for
+DIFFERS_FROM, SAME_AS = "differs from", ", and those of"  # in the remark on what is compared with another's bits
 RESERVE_S = 5.0  # a candidate that has not been compiled is not started with less time left than this
 FIRST_LEAD_MS = 1.0  # head start of the host while it has not been timed
 MAX_LEAD_MS = 20.0
@@ -181,7 +182,9 @@ def repeat(
                             if not _equal(kept, _bits(candidate, timer, set_))), "")  # fmt: skip
             if candidate.same_bits:
                 name, bits = first.setdefault(candidate.same_bits, (candidate.name, kept))
-                differs = differs or ("" if _equal(bits, kept) else f"differs from {name}")
+                differs = differs or ("" if _equal(bits, kept) else f"{DIFFERS_FROM} {name}")
+                if name != candidate.name:
+                    record["remark"] += f"{SAME_AS} {name}"
         except Exception as error:
             record |= _failure(error)
         else:

@@ -19,12 +19,14 @@ from fqt.recipe import Quantizer, Recipe
 
 from .cases import BF16_BOUND, ceilings, gaussian, quantize_exactly
 from .harness import Candidate, Case, Wrong, check_near
+from .peers import TORCHAO, forget_compiled, lacks
+from .peers import Layer as Peer
+from .peers import compiled as compile_
 from .providers import has_fp8, peer
 
 RECIPES = ("int8", "psq8")
 STREAM_KEY = 0x0123456789ABCDEF
 OWN = "fqt.nn.Linear "  # a candidate's name before its recipe's
-TORCHAO_BOUND = 0.05  # of its outputs: two 8-bit quantizations, each about 1 % of the values' norm, and the same of W
 
 
 def recipes(device: torch.device) -> tuple[str, ...]:
@@ -40,11 +42,10 @@ def linear(
     *,
     dtype: torch.dtype = torch.bfloat16,
     names: Sequence[str] | None = None,
-    compiled: bool = True,
+    peers: bool = True,
 ) -> Case:
     """Forward and backward of a linear layer without bias, X (M, K), W (N, K): `fqt.nn.Linear` of the recipes that are
-    named (those of `recipes` if None) against nn.Linear, eager and, if compiled, compiled, and torchao's int8
-    mixed-precision training.
+    named (those of `recipes` if None) against nn.Linear and, with peers, nn.Linear compiled and torchao's layers.
 
     All of the quantization is timed. The codes of the weight are dropped at the start of each run, on the host, so that
     every run quantizes the weight in both layouts, as a training step does.
@@ -74,11 +75,11 @@ def linear(
                 rewind=rewind(layer), same_bits=name,
             )
         )  # fmt: skip
-    if compiled:
+    if peers:
         candidates += [
             Candidate(f"{title}, torch.compile", step(plain, x, dy, compiled=True), exact, ops,
                       **peer("torch.compile", device), tag="bf16 compiled"),
-            _torchao(plain, x, dy, ops),
+            *(_torchao(of, plain, x, dy, ops) for of in TORCHAO),
         ]  # fmt: skip
     return Case("linear fwd+bwd", f"{m}x{n}x{k}", "TFLOP/s", baseline.name, tuple(candidates), sets)
 
@@ -106,19 +107,32 @@ def _prediction(m: int, n: int, k: int, recipe: Recipe, device: torch.device) ->
 
 
 def step(
-    layer: torch.nn.Linear, x: list[Tensor], dy: list[Tensor], compiled: bool = False, backend: str = "auto"
+    layer: torch.nn.Module | Callable[[], torch.nn.Module],
+    x: list[Tensor],
+    dy: list[Tensor],
+    compiled: bool = False,
+    backend: str = "auto",
 ) -> Callable[[int], tuple[Tensor, Tensor, Tensor]]:
-    """run(i): forward and backward on input set i from empty gradients; returns (Y, dX, dW)."""
-    # Not before it runs: the compiler takes seconds to import.
-    forward = functools.cache(lambda: torch.compile(layer, dynamic=False) if compiled else layer)
+    """run(i): forward and backward on input set i from empty gradients; returns (Y, dX, dW).
+
+    layer: itself, or what makes it when it is run first; compiled then as well.
+    """
+    if compiled:
+        forget_compiled()
+
+    @functools.cache
+    def made() -> tuple[torch.nn.Module, Callable[[Tensor], Tensor]]:
+        of = layer if isinstance(layer, torch.nn.Module) else layer()
+        return of, compile_(of) if compiled else of
 
     def run(i: int) -> tuple[Tensor, Tensor, Tensor]:
-        x[i].grad = layer.weight.grad = None
-        fqt.invalidate_(layer)
+        of, forward = made()
+        x[i].grad = of.weight.grad = None
+        fqt.invalidate_(of)
         with fqt.backend(backend) if backend != "auto" else contextlib.nullcontext():  # "auto": whatever is in force
-            y = forward()(x[i])
+            y = forward(x[i])
             y.backward(dy[i])
-        return y.detach(), x[i].grad, layer.weight.grad
+        return y.detach(), x[i].grad, of.weight.grad
 
     return run
 
@@ -129,33 +143,37 @@ def rewind(layer: fqt.nn.Linear | fqt.nn.Conv2d) -> Callable[[], object]:
     return lambda: layer._fqt_rng.copy_(state)
 
 
-def _torchao(plain: torch.nn.Linear, x: list[Tensor], dy: list[Tensor], ops: float) -> Candidate:
-    """torchao's prototype, compiled, as its own benchmarks run it."""
-    runs: list[Callable] = []
-
-    def run(i: int) -> tuple[Tensor, Tensor, Tensor]:
-        if not runs:
-            from torchao.prototype.quantized_training import int8_mixed_precision as torchao
-
-            layer = torchao.Int8MixedPrecisionTrainingLinear(
-                plain.in_features, plain.out_features, bias=False, device=plain.weight.device, dtype=plain.weight.dtype,
-                config=torchao.Int8MixedPrecisionTrainingConfig(),
-            )  # fmt: skip
-            with torch.no_grad():
-                layer.weight.copy_(plain.weight)
-            runs.append(step(layer, x, dy, compiled=True))
-        return runs[0](i)
-
-    return Candidate("torchao int8 mixed precision, torch.compile", run, _exact_check(plain, x, dy, TORCHAO_BOUND), ops,
-                     **peer("torchao", plain.weight.device), tag="torchao")  # fmt: skip
+def _torchao(of: Peer, plain: torch.nn.Linear, x: list[Tensor], dy: list[Tensor], ops: float) -> Candidate:
+    """Compiled, as torchao's own benchmarks run it."""
+    fields = peer(of.provider, plain.weight.device)
+    fields["missing"] = fields["missing"] or lacks(of.convert)
+    run = step(functools.partial(of.convert, plain), x, dy, compiled=True)
+    least, most = of.error
+    check = _exact_check(plain, x, dy, most, least)
+    return Candidate(f"{of.name}, torch.compile", run, check, ops, **fields, tag=of.tag)
 
 
-def _exact_check(layer: torch.nn.Linear, x: list[Tensor], dy: list[Tensor], bound: float):
+def _exact_check(layer: torch.nn.Linear, x: list[Tensor], dy: list[Tensor], bound: float, least: float = 0.0):
+    """Against the products of the unquantized operands. An error of at most `least`, if any, is wrong too: nothing was
+    quantized."""
+
     def check(out: tuple[Tensor, Tensor, Tensor], i: int) -> str:
         a, w, g = x[i].detach().float(), layer.weight.detach().float(), dy[i].float()
-        return check_products(out, (reference.mm(a, w.t()), reference.mm(g, w), reference.mm(g.t(), a)), bound)
+        want = reference.mm(a, w.t()), reference.mm(g, w), reference.mm(g.t(), a)
+        remark = check_products(out, want, bound)
+        if least and any(_is_near(got, to, least) for got, to in zip(out, want, strict=True)):
+            raise Wrong(f"{remark}: nothing was quantized, which costs at least {least:.1e}")
+        return remark
 
     return check
+
+
+def _is_near(got: Tensor, want: Tensor, bound: float) -> bool:
+    try:
+        check_near(got, want, bound)
+    except Wrong:
+        return False
+    return True
 
 
 def _layer_check(layer: fqt.nn.Linear, x: list[Tensor], dy: list[Tensor], bound: float):

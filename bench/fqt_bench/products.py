@@ -16,6 +16,7 @@ from fqt.qtensor import Operand
 
 from .cases import BF16_BOUND, ROW, ceilings, gaussian, quantize_exactly
 from .harness import Candidate, Case, check_equal, check_near, check_rounded
+from .peers import compiled, forget_compiled, int_mm_scaled
 from .providers import has_fp8, peer
 
 FP8_BOUND = 1e-2  # fast accumulation keeps fewer bits than float32
@@ -23,8 +24,9 @@ DISPATCHED = " (dispatch)"  # marks the configuration that dispatch selects
 
 
 def gemm(m: int, n: int, k: int, device: torch.device, sets: int = 2, *, every: bool = True) -> Case:
-    """All that `fqt.candidates` has for the product, int8 and e4m3, against torch.matmul in bf16, torch._int_mm, and
-    torch._scaled_mm in fp8 with scales per row. Unless every: what dispatch selects for int8, against bf16, alone."""
+    """All that `fqt.candidates` has for the product, int8 and e4m3, against torch.matmul in bf16, torch._int_mm, alone and
+    with scales by torch.compile, and torch._scaled_mm in fp8 with scales per row. Unless every: what dispatch selects for
+    int8, against bf16, alone."""
     x = [gaussian(m, k, device=device, seed=2 * i) for i in range(sets)]
     w = [gaussian(n, k, device=device, seed=2 * i + 1) for i in range(sets)]
     a = [quantize_exactly(t, ROW).rows() for t in x]
@@ -45,7 +47,15 @@ def gemm(m: int, n: int, k: int, device: torch.device, sets: int = 2, *, every: 
         **{**counts, "bytes": counts["bytes"] + out_bytes}, **peer("torch._int_mm", device), tag="_int_mm",
     )  # fmt: skip
     expected = functools.cache(lambda i: reference.scaled_mm(a[i], b[i]))
-    made = [matmul, int_mm, *_fp8(x, w, expectation.fp8(), counts)] if every else [matmul]
+    forget_compiled()
+    scaled = functools.cache(lambda: compiled(int_mm_scaled))
+    composed = Candidate(
+        "torch._int_mm and scales, torch.compile",
+        lambda i: scaled()(a[i].q, b[i].q, a[i].scale, b[i].scale),
+        lambda out, i: check_rounded(out, expected(i)),
+        **counts, **peer("torch.compile", device), tag="_int_mm compiled",
+    )  # fmt: skip
+    made = [matmul, int_mm, composed, *_fp8(x, w, expectation.fp8(), counts)] if every else [matmul]
     for name, tag, selected, launch in launches(m, n, k, device):
         if not every and not selected:
             continue
@@ -113,10 +123,12 @@ def _fp8(x: list[Tensor], w: list[Tensor], prediction: str, counts: dict[str, fl
 
     a, b = [scaled(t) for t in x], [scaled(t) for t in w]
 
+    @functools.cache
+    def expected(i: int) -> Tensor:
+        return reference.mm(a[i].q.float(), b[i].q.float().t()) * a[i].scale * b[i].scale.t()
+
     def check(out: Tensor, i: int) -> str:
-        return check_near(
-            out, reference.mm(a[i].q.float(), b[i].q.float().t()) * a[i].scale * b[i].scale.t(), FP8_BOUND
-        )
+        return check_near(out, expected(i), FP8_BOUND)
 
     def run(i: int) -> Tensor:
         return torch._scaled_mm(a[i].q, b[i].q.t(), scale_a=a[i].scale, scale_b=b[i].scale.t(),

@@ -42,6 +42,7 @@ PROVIDERS = {
     "torch._int_mm": Provider("torch", lambda device: "" if hasattr(torch, "_int_mm") else "needs torch._int_mm"),
     "torch._scaled_mm": Provider("torch", _needs_fp8),
     "torchao": Provider("torchao", _needs_gpu_and("torchao")),
+    "torchao float8": Provider("torchao", lambda device: _needs_gpu_and("torchao")(device) or _needs_fp8(device)),
     "bitsandbytes": Provider("bitsandbytes", _needs_gpu_and("bitsandbytes")),
 }
 

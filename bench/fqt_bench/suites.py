@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -37,8 +38,9 @@ FAMILIES = ("exact", "qat8", "ptq8", "psq8", "bhq8", "int8", "fp8")  # a recipe 
 class Plan:
     """A case that is built when its turn comes, and the seconds without which it is not begun.
 
-    key: the list of the result that it adds to: "cases", and build() gives the Case to measure, or "memory", "repeats",
-    "launches", and build(timer=…, refused=…) gives the entries; refused: why a candidate of this name is not to be run.
+    first: it comes before all that are not, of all suites. key: the list of the result that it adds to: "cases", and build()
+    gives the Case to measure, or "memory", "repeats", "launches", and build(timer=…, refused=…) gives the entries; refused:
+    why a candidate of this name is not to be run.
     """
 
     suite: str
@@ -47,18 +49,21 @@ class Plan:
     build: Callable[..., Any]
     key: str = "cases"
     effort: Effort | None = None  # None: the run's
+    first: bool = False
 
 
-LARGE, SMALL = (8192, 8192, 8192), (4096, 4096, 4096)
+HUGE, LARGE, SMALL = ((n, n, n) for n in (16384, 8192, 4096))
 W13, W2 = (8192, 28672, 4096), (8192, 4096, 14336)  # Llama-8B, 8192 tokens
 VIT = (50432, 4096, 1024)  # ViT-L/16, batch 256, the wide layer
 SPLIT = (1024, 1024, 65536)  # the weight gradient of a narrow layer
 STEP = (8192, 4096, 4096)
 # Where int8 begins to pay: shapes of networks at several sizes, and odd and small ones, where it is expected to lose.
-FRONTIER = tuple(dict.fromkeys((m, n, k) for name in ("cubes", "llama-8b", "bert-large", "vit-large")
-                               for _, m, n, k in SUITES[name]))  # fmt: skip
-ODD = ((4095, 4095, 4095), (1000, 1000, 1000), (64, 4096, 4096), (8192, 64, 1024), (128, 128, 128))
-LAYERS = ((2048, 2048, 2048), (16384, 4096, 1024), (8192, 6144, 4096), (512, 1024, 1024), (64, 4096, 4096))
+NETWORKS = ("llama-8b", "bert-large", "vit-large")
+FRONTIER = tuple(dict.fromkeys((m, n, k) for name in ("cubes", *NETWORKS) for _, m, n, k in SUITES[name]))
+ODD = ((4095, 4095, 4095), (1000, 1000, 1000), (64, 4096, 4096), (8192, 64, 1024), (512, 1024, 1024), (128, 128, 128))
+# The products of a backward pass, dX = dY W and dW = dYᵀ X, of the networks' layers at one number of rows each.
+BACKWARD = tuple(dict.fromkeys(shape for name in NETWORKS for _, m, n, k in SUITES[name] if m in (8192, 50432)
+                               for shape in ((m, k, n), (n, k, m)) if shape not in FRONTIER))  # fmt: skip
 PIECES = tuple(
     next(c for c in CONVOLUTIONS["ResNet-50"] if c.name == name)
     for name in ("layer3.conv2", "layer2.0.conv2", "layer3.conv1")
@@ -69,6 +74,8 @@ TINY_CONVS = (Convolution("stem", 16, 3, 12, 16, 7, 2, first=True), Convolution(
 SMALL_CONVS = (Convolution("3x3", 8, 32, 14, 32, 3), Convolution("3x3 strided", 8, 32, 14, 64, 3, 2),
                Convolution("1x1", 8, 64, 14, 32, 1), Convolution("stem", 8, 3, 32, 32, 7, 2, first=True))  # fmt: skip
 BRIEF = Effort(rounds=30, min_rounds=8, limit_s=0.5, warm_up_s=0.1)
+BRIEFER = replace(BRIEF, rounds=20, limit_s=0.4)
+LAST = (BRIEF, BRIEFER)  # efforts of what is measured last, in this order
 DENSE = Effort(rounds=40, min_rounds=7, limit_s=10, warm_up_s=0.1, warm_up_rounds=1)  # whose products take a second
 SMOKE = Effort(rounds=15, min_rounds=5, limit_s=1.2, warm_up_s=0.05, warm_up_rounds=1)
 SMOKE_CONVS = Effort(rounds=5, min_rounds=3, limit_s=0.2, warm_up_s=0.0, warm_up_rounds=1)  # each: there are several
@@ -83,7 +90,9 @@ def plans(suites: Sequence[str], device: torch.device, quick: bool, only: str = 
         for plan in _smoke(device) if suite == "smoke" else made(suite, device, quick):
             found.setdefault((plan.suite, plan.shape), plan)
     wanted = [plan for plan in found.values() if fnmatchcase(f"{plan.suite} {plan.shape}", f"*{only}*")]
-    return sorted(wanted, key=lambda plan: plan.effort is BRIEF)
+    return sorted(
+        wanted, key=lambda plan: -1 if plan.first else LAST.index(plan.effort) + 1 if plan.effort in LAST else 0
+    )
 
 
 def _plan(build: Callable[..., Any], suite: str, shape: Sequence[int], needs_s: float, device: torch.device,
@@ -163,6 +172,10 @@ def _launches_of_psgd(of: parameters.Parameters, dtype: torch.dtype, needs_s: fl
     return Plan(f"launches of {psgd.title(of, dtype)}", of.size, needs_s, build, "launches")
 
 
+def _first(*made: Plan) -> list[Plan]:
+    return [replace(plan, first=True) for plan in made]
+
+
 def _on_cpu(suite: str, device: torch.device, quick: bool) -> list[Plan]:
     """Small shapes of the CPU backend, which is made to be exact and readable, not fast."""
     if suite == "kernels":
@@ -207,18 +220,23 @@ def _on_gpu(suite: str, device: torch.device, quick: bool) -> list[Plan]:
         if quick:
             return [gemm(SMALL, 15), quantize(SMALL[:2], 10), *repeats, _householder(SMALL, 8, device, authors=False)]
         brief = functools.partial(products.gemm, every=False)
-        frontier = [_plan(brief, "gemm", shape, 2, device, effort=BRIEF) for shape in (*ODD, *FRONTIER)]
-        return [gemm(LARGE, 15), quantize(LARGE[:2], 15), *repeats, gemm(SMALL, 10), gemm(SPLIT, 10), gemm(W13, 12),
-                gemm(W2, 12), quantize(SMALL[:2], 8), quantize((32768, 1024), 8), *frontier,
-                *(_householder(shape, 10, device, authors=False) for shape in (LARGE, SMALL))]  # fmt: skip
+        frontier = [_plan(brief, "gemm", shape, 2, device, effort=effort)
+                    for effort, shapes in ((BRIEF, (*ODD, *FRONTIER)), (BRIEFER, BACKWARD)) for shape in shapes]  # fmt: skip
+        return [*_first(gemm(LARGE, 15), gemm(SMALL, 10), quantize(LARGE[:2], 15), *repeats, gemm(HUGE, 20)),
+                gemm(W13, 12), gemm(W2, 12), gemm(SPLIT, 10), quantize(SMALL[:2], 8), quantize((32768, 1024), 8),
+                *(_householder(shape, 10, device, authors=False) for shape in (LARGE, SMALL)), *frontier]  # fmt: skip
     if suite == "layers":
         entries = [_entries("memory", STEP, 5, device, _memory),
                    _entries("repeats", STEP, 6, device, _repeats_of_layers, "linear fwd+bwd")]  # fmt: skip
         if quick:
             return [linear(SMALL, 15), *entries]
-        brief = functools.partial(layers.linear, names=("int8",), compiled=False)
-        frontier = [_plan(brief, "linear fwd+bwd", shape, 3, device, effort=BRIEF) for shape in LAYERS]
-        return [linear(LARGE, 20), *entries, linear(W13, 20), linear(W2, 15), linear(SMALL, 10), linear(VIT, 15),
+        brief = functools.partial(layers.linear, names=("int8",), peers=False)
+        # The reference checks the three products in float32, three times each: some 10¹³ operations a second in all.
+        frontier = [_plan(brief, "linear fwd+bwd", shape, 2 + 6e-13 * math.prod(shape), device, effort=BRIEF)
+                    for shape in (*ODD, *FRONTIER)]  # fmt: skip
+        # torchao tunes its kernel anew for each product of each shape.
+        wanted = ((LARGE, 25), (W13, 25), (W2, 20), (SMALL, 15))
+        return [*_first(*(linear(shape, needs_s) for shape, needs_s in wanted), *entries), linear(VIT, 15),
                 _entries("launches", STEP, 8, device, _launches), *frontier]  # fmt: skip
     if suite == "householder":
         if quick:

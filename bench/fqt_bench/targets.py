@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,16 +17,30 @@ from .convs import BF16
 from .harness import DOES_NOT_FIT
 from .householder import SUITE as HOUSEHOLDER
 from .householder import costs
+from .measures import (
+    FAILED,
+    GEMM,
+    LINEAR,
+    QUANTIZE,
+    BeyondPsq,
+    Counted,
+    Measure,
+    Rate,
+    Result,
+    independent,
+    launched,
+    repeated,
+    said,
+    saved,
+)
 from .parameters import LLAMA_8B, RESNET50, Parameters
 from .products import DISPATCHED
 from .psgd import EMITTING
 from .psgd import title as psgd_title
 
 HEADER = ("case", "shape", "candidate", "ms", "p10-p90", "rate", "ratio", "95 %", "prediction", "verdict")
-FAILED = ("wrong", "error")
 OWN_INT8 = ("portable", "split", "hopper", "cublas")
 OWN_LAYER = ("int8", "int8 hopper")
-Result = dict[str, Any]
 
 
 def failures(result: Result) -> list[str]:
@@ -35,10 +49,10 @@ def failures(result: Result) -> list[str]:
     def failed(c: dict[str, Any]) -> bool:
         return c["status"] in FAILED or (DISPATCHED in c["name"] and c["remark"].startswith(DOES_NOT_FIT))
 
-    bad = [f"{case['suite']} {case['shape']}: {c['name']}: {_verdict(c)}" for case in result["cases"]
+    bad = [f"{case['suite']} {case['shape']}: {c['name']}: {said(c)}" for case in result["cases"]
            for c in case["candidates"] if c["ours"] and failed(c)]  # fmt: skip
-    bad += [f"repeat {r['shape']}: {r['name']}: {_verdict(r)}" for r in result["repeats"] if failed(r)]
-    return bad + [f"{s['suite']} {s['shape']}: {_verdict(s)}" for s in result["skipped"] if s["status"] == "error"]
+    bad += [f"repeat {r['shape']}: {r['name']}: {said(r)}" for r in result["repeats"] if failed(r)]
+    return bad + [f"{s['suite']} {s['shape']}: {said(s)}" for s in result["skipped"] if s["status"] == "error"]
 
 
 def measured(result: Result) -> bool:
@@ -52,17 +66,17 @@ def measured(result: Result) -> bool:
 
 @dataclass(frozen=True)
 class Target:
-    """A figure of a GPU that is to be at least (or, with at_most, at most) its bound. measure(result) is None where it is
-    missing."""
+    """A figure of a GPU that is to be at least (or, with at_most, at most) its bound."""
 
     name: str
     what: str
     bound: float
-    measure: Callable[[Result], float | None]
+    measure: Measure
     unit: str = "×"
     at_most: bool = False
 
     def row(self, result: Result) -> tuple[str, str, str, str, str]:
+        """(name, what, bound, measured or "", "met", "missed" or "not measured")."""
         value = self.measure(result) if result["environment"]["device"] == "cuda" else None
         sign = "≤" if self.at_most else "≥"
         head = (self.name, self.what, f"{sign} {_shown(self.bound, self.unit)}")
@@ -71,66 +85,21 @@ class Target:
         met = value <= self.bound if self.at_most else value >= self.bound
         return (*head, _shown(value, self.unit), "met" if met else "missed")
 
+    def line(self, result: Result) -> tuple[str, ...]:
+        """The row, with the prediction before what was measured, and why where nothing was."""
+        *head, value, verdict = self.row(result)
+        on_gpu = result["environment"]["device"] == "cuda"
+        predicted = self.measure.predicted(result) if on_gpu else None
+        why = self.measure.why(result) if on_gpu and not value else ""
+        expected = "" if predicted is None else _shown(predicted, self.unit)
+        return (*head, expected, value, f"{verdict}: {why}" if why else verdict)
+
+
+HEAD = ("", "target", "bound", "predicted", "measured", "verdict")
+
 
 def _shown(value: float, unit: str) -> str:
     return f"{value:.2f}×" if unit == "×" else f"{value:.0f} {unit}".rstrip()
-
-
-def best(result: Result, suite: str, shape: str, tags: Sequence[str], field: str = "tops") -> float | None:
-    """The largest figure of the candidates with one of these tags that passed their checks; "per_ms": runs in one."""
-    found = [_figure(c, field) for case in result["cases"] if (case["suite"], case["shape"]) == (suite, shape)
-             for c in case["candidates"] if c["tag"] in tags and c["status"] == "ok"]  # fmt: skip
-    return max(filter(None, found), default=None)
-
-
-def _figure(candidate: dict[str, Any], field: str) -> float | None:
-    return 1 / candidate["ms"]["median"] if field == "per_ms" else candidate.get(field)
-
-
-def _rate(suite: str, shape: str, tags: Sequence[str]) -> Callable[[Result], float | None]:
-    return lambda result: best(result, suite, shape, tags)
-
-
-def _over(suite: str, shape: str, tags: Sequence[str], base: Sequence[str], field: str = "tops"):
-    """The rate of the best candidate with one of `tags` over that of the best with one of `base`."""
-
-    def measure(result: Result) -> float | None:
-        ours, theirs = (best(result, suite, shape, t, field) for t in (tags, base))
-        return None if ours is None or theirs is None else ours / theirs
-
-    return measure
-
-
-def _beyond_psq(shape: str, tag: str) -> Callable[[Result], float | None]:
-    """What BHQ's whole input gradient takes beyond PSQ's, in percent of the product that they have in common: statistics,
-    grouping, transform and quantization less PSQ's quantization, and the inverse, or what the product with it takes more.
-    """
-
-    def measure(result: Result) -> float | None:
-        runs = [best(result, HOUSEHOLDER, shape, [t], "per_ms") for t in (tag, "psq whole", "product")]
-        if None in runs:
-            return None
-        ours, psq, product = (1 / r for r in runs)
-        return 100 * (ours - psq) / product
-
-    return measure
-
-
-def _saved(result: Result) -> float | None:
-    saved = {r["name"]: r["saved"] for r in result["memory"]}
-    return saved["int8"] / saved["bf16"] if {"int8", "bf16"} <= saved.keys() else None
-
-
-def _repeated(result: Result) -> float | None:
-    """The share of the own candidates that repeat their bits; those that could not run are none."""
-    found = [r["status"] for r in result["repeats"] if r["status"] in ("ok", *FAILED)]
-    return 100.0 * found.count("ok") / len(found) if found else None
-
-
-def _launched(name: str, shape: str) -> Callable[[Result], float | None]:
-    """Kernels that a run of this candidate launches."""
-    key = (name, shape)
-    return lambda result: next((r["kernels"] for r in result["launches"] if (r["name"], r["shape"]) == key), None)
 
 
 def _psgd(of: Parameters) -> tuple[Target, ...]:
@@ -138,44 +107,54 @@ def _psgd(of: Parameters) -> tuple[Target, ...]:
     case, name = (psgd_title(of, torch.float32), of.size), of.name
     return (
         Target("T7", f"PSGD with int8 codes over a copy, {name}", 0.90,
-               _over(*case, ["psgd codes"], ["step copy"], "gb_s")),
+               Rate(*case, ["psgd codes"], ["step copy"], "gb_s")),
         Target("T7", f"PSGD with int8 codes over fused SGD, {name}", 1.00,
-               _over(*case, ["psgd codes"], ["sgd fused"], "per_ms")),
-        Target("T7", f"PSGD over PSGD by foreach, {name}", 4.00, _over(*case, ["psgd"], ["psgd foreach"], "per_ms")),
-        Target("T7", f"launches of PSGD with int8 codes, {name}", 1, _launched(EMITTING, of.size), "", at_most=True),
+               Rate(*case, ["psgd codes"], ["sgd fused"], "per_ms")),
+        Target("T7", f"PSGD over PSGD by foreach, {name}", 4.00, Rate(*case, ["psgd"], ["psgd foreach"], "per_ms")),
+        Target("T7", f"launches of PSGD with int8 codes, {name}", 1, launched(EMITTING, of.size), "", at_most=True),
     )  # fmt: skip
 
 
-GEMM, LINEAR, QUANTIZE = "gemm", "linear fwd+bwd", "quantize"
-CUBE8, CUBE4, SQUARE = "8192x8192x8192", "4096x4096x4096", "8192x8192"
+CUBE16, CUBE8, CUBE4 = ("16384x16384x16384", "8192x8192x8192", "4096x4096x4096")
+SQUARE = "8192x8192"
+CUBES = {CUBE16: "16384³", CUBE8: "8192³", CUBE4: "4096³"}
+# Of layers: what it is called, and the bound over bf16.
+LAYERS = {CUBE8: ("at 8192³", 1.30), "8192x28672x4096": ("Llama-8B w13", 1.20), "8192x4096x14336": ("Llama-8B w2", 1.20),
+          CUBE4: ("at 4096³", 1.10)}  # fmt: skip
+
+
+def _over_bf16(shape: str) -> str:
+    name, _ = LAYERS[shape]
+    return f"int8 layer over bf16{'' if name.startswith('at') else ','} {name}"
+
+
 TARGETS = (
-    Target("T1", "int8 product at 8192³", 1150, _rate(GEMM, CUBE8, OWN_INT8), "TOPS"),
-    Target("T1", "int8 product over bf16 at 8192³", 1.40, _over(GEMM, CUBE8, OWN_INT8, ["bf16"])),
-    Target("T1", "portable int8 product at 8192³", 950, _rate(GEMM, CUBE8, ["portable", "split"]), "TOPS"),
-    Target("T2", "int8 product over _int_mm at 8192³", 1.00, _over(GEMM, CUBE8, OWN_INT8, ["_int_mm"])),
-    Target("T2", "int8 product over _int_mm at 4096³", 1.00, _over(GEMM, CUBE4, OWN_INT8, ["_int_mm"])),
-    Target("T2", "int8 product over fp8 _scaled_mm at 8192³", 0.92, _over(GEMM, CUBE8, OWN_INT8, ["_scaled_mm fp8"])),
-    Target("T2", "int8 product over fp8 _scaled_mm at 4096³", 0.92, _over(GEMM, CUBE4, OWN_INT8, ["_scaled_mm fp8"])),
-    Target("T3", "int8 layer over bf16 at 8192³", 1.30, _over(LINEAR, CUBE8, OWN_LAYER, BF16)),
-    Target("T3", "int8 layer over bf16, Llama-8B w13", 1.20, _over(LINEAR, "8192x28672x4096", OWN_LAYER, BF16)),
-    Target("T3", "int8 layer over bf16, Llama-8B w2", 1.20, _over(LINEAR, "8192x4096x14336", OWN_LAYER, BF16)),
-    Target("T3", "int8 layer over bf16 at 4096³", 1.10, _over(LINEAR, CUBE4, OWN_LAYER, BF16)),
-    Target("T4", "int8 layer over torchao's at 8192³", 1.15, _over(LINEAR, CUBE8, OWN_LAYER, ["torchao"])),
-    Target("T5", "row quantization over a copy", 0.90, _over(QUANTIZE, SQUARE, ["rows nearest"], ["copy"], "gb_s")),
-    Target("T5", "the same, stochastic", 0.85, _over(QUANTIZE, SQUARE, ["rows stochastic"], ["copy"], "gb_s")),
-    Target("T5", "both layouts over a copy", 0.85, _over(QUANTIZE, SQUARE, ["both nearest"], ["copy"], "gb_s")),
+    Target("T1", "int8 product at 8192³", 1150, Rate(GEMM, CUBE8, OWN_INT8), "TOPS"),
+    Target("T1", "int8 product over bf16 at 8192³", 1.40, Rate(GEMM, CUBE8, OWN_INT8, ["bf16"])),
+    Target("T1", "portable int8 product at 8192³", 950, Rate(GEMM, CUBE8, ["portable", "split"]), "TOPS"),
+    *(Target("T2", f"int8 product over _int_mm at {name}", 1.00, Rate(GEMM, cube, OWN_INT8, ["_int_mm"]))
+      for cube, name in CUBES.items()),
+    *(Target("T2", f"int8 product over fp8 _scaled_mm at {name}", 0.92, Rate(GEMM, cube, OWN_INT8, ["_scaled_mm fp8"]))
+      for cube, name in CUBES.items()),
+    *(Target("T3", _over_bf16(shape), bound, Rate(LINEAR, shape, OWN_LAYER, BF16))
+      for shape, (_, bound) in LAYERS.items()),
+    *(Target("T4", _over_bf16(shape).replace("bf16", "torchao's"), 1.15, Rate(LINEAR, shape, OWN_LAYER, ["torchao"]))
+      for shape in LAYERS),
+    Target("T5", "row quantization over a copy", 0.90, Rate(QUANTIZE, SQUARE, ["rows nearest"], ["copy"], "gb_s")),
+    Target("T5", "the same, stochastic", 0.85, Rate(QUANTIZE, SQUARE, ["rows stochastic"], ["copy"], "gb_s")),
+    Target("T5", "both layouts over a copy", 0.85, Rate(QUANTIZE, SQUARE, ["both nearest"], ["copy"], "gb_s")),
     Target("T6", "stochastic over nearest time, rows", 1.10,
-           _over(QUANTIZE, SQUARE, ["rows nearest"], ["rows stochastic"], "gb_s"), at_most=True),
+           Rate(QUANTIZE, SQUARE, ["rows nearest"], ["rows stochastic"], "gb_s"), at_most=True),
     Target("T6", "stochastic over nearest time, both layouts", 1.10,
-           _over(QUANTIZE, SQUARE, ["both nearest"], ["both stochastic"], "gb_s"), at_most=True),
+           Rate(QUANTIZE, SQUARE, ["both nearest"], ["both stochastic"], "gb_s"), at_most=True),
     *_psgd(LLAMA_8B),
     *_psgd(RESNET50),
-    Target("T8", "BHQ beyond PSQ, of dgrad at 8192³", 10, _beyond_psq(CUBE8, "whole global"), "%", at_most=True),
-    Target("T8", "BHQ in tiles beyond PSQ, of dgrad at 8192³", 10, _beyond_psq(CUBE8, "whole tile"), "%", at_most=True),
-    Target("T8", "BHQ beyond PSQ, of dgrad at 4096³", 15, _beyond_psq(CUBE4, "whole global"), "%", at_most=True),
-    Target("T8", "BHQ in tiles beyond PSQ, of dgrad at 4096³", 15, _beyond_psq(CUBE4, "whole tile"), "%", at_most=True),
-    Target("T9", "bytes that a forward saves over bf16's", 0.52, _saved, at_most=True),
-    Target("T10", "candidates whose runs are bit-identical", 100, _repeated, "%"),
+    *(Target("T8", f"BHQ{' in tiles' * (tag == 'whole tile')} beyond PSQ, of dgrad at {CUBES[cube]}", bound,
+             BeyondPsq(cube, tag), "%", at_most=True)
+      for cube, bound in ((CUBE8, 10), (CUBE4, 15)) for tag in ("whole global", "whole tile")),
+    Target("T9", "bytes that a forward saves over bf16's", 0.52, Counted(saved), at_most=True),
+    Target("T10", "candidates whose runs are bit-identical", 100, Counted(repeated), "%"),
+    Target("T10", "configurations of a product that give the same bits, split K too", 100, Counted(independent), "%"),
 )  # fmt: skip
 
 
@@ -238,8 +217,7 @@ def report(result: Result) -> str:
             sections += [f"{network}, forward and backward, batch {rows[0].of.n}: against the faster of torch's",
                          table(convs.HEADER, list(map(convs.cells, rows)), right=convs.RIGHT)]  # fmt: skip
     if {"kernels", "layers", "optim", HOUSEHOLDER} & set(result["suites"]):
-        targets = [t.row(result) for t in TARGETS]
-        sections.append(table(("", "target", "bound", "measured", "verdict"), targets, right=(2, 3)))
+        sections.append(table(HEAD, [t.line(result) for t in TARGETS], right=(2, 3, 4)))
     counted = [f"{len(result['counters'])} entries of noise-free counters"] if result["counters"] else []
     spent = f"{result['spent_s']:.0f} of {result['budget_s']:.0f} s spent"
     sections.append("; ".join([spent, *counted, f"{len(bad)} failures"]))
@@ -263,17 +241,17 @@ def _rows(result: Result) -> Iterator[tuple[str, ...]]:
         rate, ratio = f"{r['saved'] / 2**20:.1f} MiB", f"{r['saved'] / base:.2f}" if base else ""
         yield ("memory", r["shape"], r["name"], "", "", rate, ratio, "", "", verdict)
     for r in result["repeats"]:
-        yield ("repeat", r["shape"], r["name"], "", "", "", "", "", "", _verdict(r))
+        yield ("repeat", r["shape"], r["name"], "", "", "", "", "", "", said(r))
     for r in result["launches"]:
         base = next(other["kernels"] for other in result["launches"] if other["shape"] == r["shape"])
         rate, ratio = f"{r['kernels']} kernels", f"{r['kernels'] / base:.2f}" if base else ""
         yield ("launches", r["shape"], r["name"], "", "", rate, ratio, "", "", f"{r['copies']} copies or fills")
     for s in result["skipped"]:
-        yield (s["suite"], s["shape"], "", "", "", "", "", "", "", _verdict(s))
+        yield (s["suite"], s["shape"], "", "", "", "", "", "", "", said(s))
 
 
 def _row(case: dict[str, Any], candidate: dict[str, Any]) -> tuple[str, ...]:
-    verdict = _verdict(candidate)
+    verdict = said(candidate)
     head, tail = (case["suite"], case["shape"], candidate["name"]), candidate["prediction"]
     ms = candidate.get("ms")
     if ms is None:
@@ -282,16 +260,12 @@ def _row(case: dict[str, Any], candidate: dict[str, Any]) -> tuple[str, ...]:
         verdict += f"; host-bound: {candidate['host_ms']:.3f} ms to launch"
     unit = "GB/s" if case["unit"] == "ms" else case["unit"]
     rate = candidate["gb_s" if unit == "GB/s" else "tops"]
-    shown = "" if rate is None else f"{_digits(rate)} {unit}"
+    shown = "" if rate is None else f"{digits(rate)} {unit}"
     ratio = candidate.get("ratio")
-    ratios = (_digits(ratio["value"]), f"{_digits(ratio['low'])}-{_digits(ratio['high'])}") if ratio else ("", "")
+    ratios = (digits(ratio["value"]), f"{digits(ratio['low'])}-{digits(ratio['high'])}") if ratio else ("", "")
     return (*head, f"{ms['median']:.4f}", f"{ms['p10']:.4f}-{ms['p90']:.4f}", shown, *ratios, tail, verdict)
 
 
-def _digits(value: float) -> str:
+def digits(value: float) -> str:
     """Three digits, none after the point from 100 on: 1.32, 0.0123, 987."""
     return f"{value:.0f}" if value >= 100 else f"{value:#.3g}" if value < 1 else f"{value:.{2 if value < 10 else 1}f}"
-
-
-def _verdict(record: dict[str, Any]) -> str:
-    return ": ".join(filter(None, (record["status"], record["remark"])))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import fqt
 
+from . import peers
 from .cases import gaussian
 from .harness import Candidate, Case, Wrong
 from .layers import dtype_name
@@ -121,12 +122,12 @@ def _quantized(model: nn.Module, name: str) -> nn.Module:
 
 
 def _torchao(model: nn.Module) -> nn.Module:
-    """torchao's prototype of int8 mixed-precision training, compiled."""
-    from torchao.prototype.quantized_training import Int8MixedPrecisionTrainingConfig
-    from torchao.quantization import quantize_
-
-    quantize_(model, Int8MixedPrecisionTrainingConfig())
-    return torch.compile(model, dynamic=False)
+    """torchao's int8 mixed precision in every linear layer, compiled."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.Linear:
+                setattr(parent, name, peers.int8_mixed_precision(child))
+    return peers.compiled(model)
 
 
 def step(build: Callable[[], nn.Module], network: Network) -> Callable[[int], Tensor]:
