@@ -5,11 +5,15 @@ import json
 import signal
 import sys
 import time
+import zipfile
 from pathlib import Path
 
+import bench_fabricated as fabricated
 import pytest
+import torch
 
-from fqt_bench import environment, hardware
+from fqt.cli import UsageError
+from fqt_bench import environment, hardware, wheels
 from fqt_bench.hardware import Part
 
 ROOT = environment.ROOT
@@ -112,19 +116,31 @@ def test_parts_are_chosen_by_name_or_group_in_their_order():
     assert hardware.chosen(found, ["optim", "doctor"]) == ["doctor", "optim"]
     assert hardware.chosen(found, ["tune"]) == ["tune", "export"]
     assert set(hardware.chosen(found, ["check"])) >= {"doctor", "tests", "sanitize", "extremes", "endurance"}
-    with pytest.raises(ValueError, match="no part 'chekc'; there are bench, check, tune, doctor"):
+    assert hardware.chosen(found, ["speed"]) == ["kernels", "layers", "profile", "calibrate", "readme"]
+    with pytest.raises(ValueError, match="no part 'chekc'; there are bench, check, speed, tune, doctor"):
         hardware.chosen(found, ["chekc"])
 
 
 def test_every_part_is_a_command_that_there_is(tmp_path):
     """Each takes its options: none is misspelt. Their limits leave a part of 570 s whole in ten minutes."""
     found = hardware.parts(ROOT, tmp_path)
-    places = {"out": "OUT", "dir": "DIR", "stem": "STEM"}
+    places = {"out": "OUT", "dir": "DIR", "stem": "STEM", "results": "RESULT"}
     for name, p in found.items():
         assert p.seconds <= 570 and p.arguments[0] == "-m"
         module, *options = [argument.format(**places) for argument in p.arguments[1:]]
         parsed = _parse(module, options)
         assert parsed is None or parsed == 0, f"{name}: {module} {options}"
+
+
+def test_half_an_hour_is_enough_for_speed_and_most_of_it_is_for_measuring():
+    speed = {name: p.seconds for name, p in hardware.parts(ROOT).items() if p.group == "speed"}
+    assert sum(speed.values()) < 25 * 60 and speed["kernels"] + speed["layers"] > sum(speed.values()) / 2
+    found = hardware.parts(ROOT)
+    assert not any("train" in p.arguments for name, p in found.items() if p.group == "speed")
+    for name in ("kernels", "layers", "profile", "train"):  # each ends itself, with time to compile and to write
+        line = list(found[name].arguments)
+        limit = next(float(line[line.index(option) + 1]) for option in ("--budget-s", "--limit-s") if option in line)
+        assert limit <= found[name].seconds - 30
 
 
 def _parse(module: str, options: list[str]):
@@ -174,3 +190,132 @@ def test_a_study_is_repeated_where_its_images_are(tmp_path):
     resnet = hardware.parts(tmp_path, tmp_path)["resnet"]
     assert not resnet.missing and str(folder / "resnet-fashion-2026-01-02.json") in resnet.arguments
     assert sys.executable not in resnet.arguments
+
+
+# ---- parts that read a result
+
+
+def fabricated_result(folder: Path, name: str, date: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    result = fabricated.result(fabricated.pair("gemm", "1x1x1", 2.0, "portable"), environment={"date": date})
+    (folder / name).write_text(json.dumps(result))
+
+
+def test_a_part_reads_the_newest_results_that_those_before_it_left(tmp_path):
+    """By the date within: those of files are of the checkout. What is no result is none; what is not there is named."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    folder = environment.result_path(tmp_path, ["x"], environment.environment(device)).parent
+    code = ("-c", "import sys; print(*sys.argv[1:])", "{results}", "{stem}")
+    reads = Part("speed", code, 30.0, reads=("kernels-*.json", "layers-*.json"))
+
+    def judged():
+        status, verdicts, _ = run_all(tmp_path, part=reads)
+        next(folder.glob("hardware-*.json")).unlink()
+        assert status == 0
+        return verdicts["part"]
+
+    assert judged() == {"status": "not run", "why": "no result kernels-*.json; no result layers-*.json"}
+    fabricated_result(folder, "kernels-a.json", "2026-03-02T10:00:00+00:00")
+    fabricated_result(folder, "kernels-b.json", "2026-03-01T10:00:00+00:00")
+    (folder / "kernels-c.json").write_text("{}")
+    fabricated_result(folder, "optim-a.json", "2026-03-03T10:00:00+00:00")
+    one = judged()
+    assert (one["status"], one["results"], one["why"]) == ("ok", ["kernels-a.json"], "no result layers-*.json")
+    fabricated_result(folder, "layers-a.json", "2026-03-01T10:00:00+00:00")
+    both = judged()
+    assert both["results"] == ["kernels-a.json", "layers-a.json"] and "why" not in both
+    assert both["last"].split()[:2] == [str(folder / name) for name in both["results"]]
+
+
+# ---- peers without a network
+
+
+def wheel(
+    folder: Path, name: str = "torchao", *, version: str = "9.9", tag: str = "py3-none-any", module: str = ""
+) -> Path:
+    """A whole wheel of one module that has nothing but its version."""
+    folder.mkdir(exist_ok=True)
+    info = f"{name}-{version}.dist-info"
+    files = {
+        f"{module or name}/__init__.py": f"VERSION = {version!r}\n",
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nRequires-Dist: no-such-thing\n",
+        f"{info}/WHEEL": f"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: {tag}\n",
+    }
+    files[f"{info}/RECORD"] = "".join(f"{file},,\n" for file in (*files, f"{info}/RECORD"))
+    path = folder / f"{name}-{version}-{tag}.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for file, text in files.items():
+            archive.writestr(file, text)
+    return path
+
+
+def test_carried_peers_are_seen_by_the_benchmarks_and_by_nothing_else(tmp_path, monkeypatch, capfd):
+    """Over whatever is installed, with their version, and only while the parts run."""
+    wheel(tmp_path / "carried")
+    code = (
+        "import importlib.metadata as m, sys; seen = [p for p in sys.path if 'fqt-wheels' in p]\n"
+        "print(m.version('torchao') if seen else '-', seen)"
+    )
+    some = {name: Part(name, ("-c", code), 60.0) for name in ("speed", "bench", "check")}
+    monkeypatch.setattr(hardware, "parts", lambda root, fashion: some)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    real = environment.environment
+    monkeypatch.setattr(environment, "environment", lambda device: real(torch.device("cpu")))
+    monkeypatch.setattr(hardware, "_heed_signals", lambda: None)
+    monkeypatch.setenv("FQT_WHEELS", str(tmp_path / "carried"))
+    assert hardware.main(["--out", str(tmp_path / "out")]) == 0
+    (path,) = (tmp_path / "out").glob("*/hardware-*.json")
+    file = json.loads(path.read_text())
+    assert file["wheels"] == {"torchao": "9.9"} and "FQT_WHEELS: torchao 9.9" in capfd.readouterr().out
+    last = {name: v["last"] for name, v in file["parts"].items()}
+    assert last["speed"].startswith("9.9 ['/") and last["bench"] == last["speed"] and last["check"].endswith("[]")
+    assert not Path(last["speed"].partition("['")[2].rstrip("']")).exists()
+
+
+REFUSED = {
+    "torch": ({"name": "torch"}, "refused: it would take the place of the installed torch"),
+    "numpy": ({"name": "NumPy"}, "refused: it would take the place of the installed numpy"),
+    "triton": ({"name": "triton"}, "the installed triton"),
+    "triton by another name": ({"name": "pytorch_triton", "module": "triton"}, "the installed"),
+    "torch within another": ({"name": "peer", "module": "torch"}, "the installed torch"),
+    "torch as data": ({"name": "peer", "module": "peer-9.9.data/purelib/torch"}, "the installed torch"),
+    "our own": ({"name": "fqt_kernels", "module": "fqt"}, "the installed fqt-kernels"),
+    "another machine's": ({"tag": "cp27-cp27m-win_amd64"}, "not a supported wheel on this platform"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_wheel_that_does_not_fit_or_would_shadow_is_refused_by_name(tmp_path, case):
+    options, words = REFUSED[case]
+    path = wheel(tmp_path / "carried", **options)
+    with pytest.raises(UsageError, match=words) as failed:
+        wheels.install(path.parent, tmp_path / "target")
+    assert path.name in str(failed.value) and not list((tmp_path / "target").glob("*"))
+
+
+def test_what_is_no_wheel_is_named(tmp_path):
+    for folder, words in ((tmp_path / "none", "not a folder"), (tmp_path, "no wheel is in it")):
+        with pytest.raises(UsageError, match=words):
+            wheels.install(folder, tmp_path / "target")
+    (tmp_path / "torchao.whl").write_text("")
+    with pytest.raises(UsageError, match=r"torchao.whl: not the name of a wheel"):
+        wheels.install(tmp_path, tmp_path / "target")
+    (tmp_path / "torchao.whl").rename(tmp_path / "torchao-1-py3-none-any.whl")
+    with pytest.raises(UsageError, match="not a whole wheel"):
+        wheels.install(tmp_path, tmp_path / "target")
+    (tmp_path / "torchao-1-py3-none-any.whl").unlink()
+    for version in ("1", "2"):
+        wheel(tmp_path, version=version)
+    with pytest.raises(UsageError, match="a second wheel of torchao"):
+        wheels.install(tmp_path, tmp_path / "target")
+
+
+def test_a_wheel_that_is_refused_keeps_all_from_running(tmp_path, monkeypatch, capsys):
+    wheel(tmp_path / "carried", "torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(hardware, "_heed_signals", lambda: None)
+    monkeypatch.setattr(hardware, "_run_all", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setenv("FQT_WHEELS", str(tmp_path / "carried"))
+    with pytest.raises(SystemExit, match="2"):
+        hardware.main(["speed"])
+    assert "torch-9.9-py3-none-any.whl: refused" in capsys.readouterr().err

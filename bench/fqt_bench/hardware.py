@@ -1,15 +1,20 @@
 """Everything that wants a GPU, part by part, each with a time limit of its own, and its raw results in one folder.
 
-    python -m fqt_bench.hardware [check | tune | bench | PART ...] [--limit-s N] [--out DIR] [--list]
+    python -m fqt_bench.hardware [check | tune | speed | bench | PART ...] [--limit-s N] [--out DIR] [--list]
 
     check   is every kernel right, free of races and deterministic on this GPU; do models train on it as on the CPU
     tune    measure the kernels' configurations for this GPU
-    bench   time kernels, layers, optimizers and steps
+    speed   kernels and layers to their targets, in under 25 minutes: time them beside their peers, profile those that are
+            furthest from their predictions, correct the cost model's constants, and print the README's table
+    bench   time training steps, optimizers, what BHQ costs, convolutions
 
 Results go to bench/results/<gpu>: what each part writes itself, what it printed in PART-<date>-<commit>.log (not committed:
 it names paths), and the verdicts, with the last line of each, in hardware-<date>-<commit>.json. A part that fails or runs
-out of time does not keep the next one from running; one that there is no time left for is named. Exit status 1 if a part
-failed.
+out of time does not keep the next one from running; one that there is no time left for is named. Parts that read a result
+take the newest one there, and the verdict names it. Exit status 1 if a part failed.
+
+FQT_WHEELS=DIR: a folder of wheels (torchao, bitsandbytes), for a machine without a network. They are installed into a
+temporary folder, which the parts of speed and bench see; see `fqt_bench.wheels` for those that are refused.
 """
 
 from __future__ import annotations
@@ -29,29 +34,33 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fqt.cli import table
+from fqt.cli import UsageError, table
 
-from . import environment, sanitize
+from . import environment, reading, sanitize, wheels
 from .psgd_runs import FASHION
 
 WORKERS = 12  # of the test suite: most of its time goes into compiling
 LEAST_S = 20.0  # a part is not begun with less time left
+PEERS = ("speed", "bench")  # groups that see what FQT_WHEELS brings
+RESULTS = ("kernels-*.json", "layers-*.json")  # of the parts kernels and layers
 STUDY = "resnet-fashion-*.json"  # of the CPU backend, in bench/results/cpu
 
 
 class Part(NamedTuple):
     """arguments: of python; its results are {dir}/…-{stem}.json, {dir} a folder in {out}. seconds: its limit. missing: why
-    it cannot run."""
+    it cannot run. reads: results; for the argument {results} come the newest in {dir} of each pattern."""
 
     group: str
     arguments: tuple[str, ...]
     seconds: float
     missing: str = ""
+    reads: tuple[str, ...] = ()
 
 
 def parts(root: Path, fashion: Path = FASHION) -> dict[str, Part]:
     """By name, in the order in which they run."""
     python = lambda group, seconds, line: Part(group, ("-m", *line.split()), seconds)  # noqa: E731
+    of_results = lambda seconds, line: python("speed", seconds, line)._replace(reads=RESULTS)  # noqa: E731
     return {
         "doctor": python("check", 570, "fqt doctor --repeat 100 --out {dir}/doctor-{stem}.json"),
         "tests": python("check", 570, f"pytest -v --ignore tests/codegen {_workers()}"),
@@ -64,7 +73,14 @@ def parts(root: Path, fashion: Path = FASHION) -> dict[str, Part]:
         "resnet": _resnet(root, fashion),
         "tune": python("tune", 400, "fqt tune --suite llama-8b cubes --budget 4"),
         "export": python("tune", 60, "fqt tune export {dir}/tuned-{stem}.json"),
-        "kernels": python("bench", 450, "fqt bench --suite kernels layers train --budget-s 360 --out {out}"),
+        "kernels": python("speed", 400, "fqt bench --suite kernels --budget-s 320 --out {out}"),
+        "layers": python("speed", 560, "fqt bench --suite layers --budget-s 470 --out {out}"),
+        "profile": of_results(
+            330, "fqt_bench.profile --result {results} --top 8 --limit-s 300 --out {dir}/profile-{stem}.json"
+        ),
+        "calibrate": of_results(120, "fqt_bench.calibrate {results} --out {dir}/calibration-{stem}.json"),
+        "readme": python("speed", 60, "fqt_bench.readme --results {out}"),  # printed: it is in the part's log
+        "train": python("bench", 220, "fqt bench --suite train --budget-s 140 --out {out}"),
         "optim": python("bench", 200, "fqt bench --suite optim --budget-s 120 --out {out}"),
         "householder": python("bench", 260, "fqt bench --suite householder --budget-s 180 --out {out}"),
         "conv": python("bench", 330, "fqt bench --suite conv --budget-s 240 --out {out}"),
@@ -108,13 +124,34 @@ def chosen(found: Mapping[str, Part], names: Sequence[str]) -> list[str]:
     return [name for name, part in found.items() if not names or name in names or part.group in names]
 
 
-def run(part: Part, log: Path, seconds: float, places: Mapping[str, str], root: Path) -> dict[str, Any]:
+def newest(folder: Path, pattern: str) -> Path | None:
+    """The result of `fqt bench` in the folder with the latest date of those whose names match, None where there is none."""
+    runs, _ = reading.load(sorted(folder.glob(pattern)))
+    return folder / runs[-1].file if runs else None
+
+
+def run(
+    part: Part,
+    log: Path,
+    seconds: float,
+    places: Mapping[str, str],
+    root: Path,
+    results: Sequence[Path] = (),
+    peers: Path | None = None,
+) -> dict[str, Any]:
     """Run a part in a process of its own and show what it prints: {"status", "seconds", "returncode", "last"}.
 
     status: "ok", "failed", or "out of time" where it was ended after so many seconds. last: the last line it printed.
+    peers: a folder of packages that it may import, before those that are installed.
     """
-    command = [sys.executable, *(argument.format(**places) for argument in part.arguments)]
-    paths = [*(str(root / folder) for folder in (".", "kernels", "bench")), os.environ.get("PYTHONPATH", "")]
+    command = [sys.executable]
+    for argument in part.arguments:
+        command += map(str, results) if argument == "{results}" else [argument.format(**places)]
+    paths = [
+        *(str(root / folder) for folder in (".", "kernels", "bench")),
+        str(peers or ""),
+        os.environ.get("PYTHONPATH", ""),
+    ]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
     if importlib.util.find_spec("platformdirs") is None:  # which says where the store of tuned tables is
         env.setdefault("FQT_CACHE_DIR", str(Path(tempfile.gettempdir()) / "fqt-cache"))
@@ -180,10 +217,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         parser.error("torch.cuda.is_available() is false: not measured")
     _heed_signals()
-    return _run_all({name: found[name] for name in names}, args.out, args.limit_s, root)
+    with tempfile.TemporaryDirectory(prefix="fqt-wheels-") as peers:
+        carried = {}
+        if folder := os.environ.get("FQT_WHEELS"):
+            try:
+                carried = wheels.install(Path(folder), Path(peers))
+            except UsageError as e:
+                parser.error(str(e))
+            print(f"FQT_WHEELS: {', '.join(f'{name} {version}' for name, version in carried.items())}", flush=True)
+        return _run_all({name: found[name] for name in names}, args.out, args.limit_s, root, Path(peers), carried)
 
 
-def _run_all(some: Mapping[str, Part], out: Path | None, limit_s: float, root: Path) -> int:
+def _run_all(
+    some: Mapping[str, Part],
+    out: Path | None,
+    limit_s: float,
+    root: Path,
+    peers: Path | None = None,
+    carried: Mapping[str, str] = {},
+) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     record = environment.environment(device)
     out = (environment.default_out() if out is None else out).absolute()
@@ -192,16 +244,29 @@ def _run_all(some: Mapping[str, Part], out: Path | None, limit_s: float, root: P
     stem = path.stem.removeprefix("hardware-")
     places = {"out": str(out), "dir": str(path.parent), "stem": stem}
     start, verdicts = time.monotonic(), {}
+
+    def save() -> None:
+        environment.write(path, {"kind": "parts of fqt_bench.hardware", "environment": record, "wheels": dict(carried),
+                                 "parts": verdicts})  # fmt: skip
+
     for name, part in some.items():
         left = limit_s - (time.monotonic() - start)
-        if part.missing or left < LEAST_S:
-            verdicts[name] = {"status": "not run", "why": part.missing or f"{max(left, 0):.0f} s are left"}
+        found = {pattern: newest(path.parent, pattern) for pattern in part.reads}
+        results = list(filter(None, found.values()))
+        lacks = "".join(f"no result {pattern}; " for pattern, result in found.items() if result is None).rstrip("; ")
+        if part.missing or left < LEAST_S or (lacks and not results):
+            why = part.missing or (f"{max(left, 0):.0f} s are left" if left < LEAST_S else lacks)
+            verdicts[name] = {"status": "not run", "why": why}
             continue
-        print(f"== {name}: python {' '.join(part.arguments)}", flush=True)
+        names = [result.name for result in results]
+        print(f"== {name}: python {' '.join(part.arguments)}{': ' * bool(names)}{', '.join(names)}", flush=True)
         log = path.parent / f"{name}-{stem}.log"
-        verdicts[name] = run(part, log, min(part.seconds, left), places, root)
-        environment.write(path, {"kind": "parts of fqt_bench.hardware", "environment": record, "parts": verdicts})
-    environment.write(path, {"kind": "parts of fqt_bench.hardware", "environment": record, "parts": verdicts})
+        seen = peers if carried and part.group in PEERS else None
+        verdicts[name] = run(part, log, min(part.seconds, left), places, root, results, seen)
+        verdicts[name] |= {"results": names} if names else {}
+        verdicts[name] |= {"why": lacks} if lacks else {}
+        save()
+    save()
     rows = [(name, v["status"], f"{v['seconds']:.0f} s" if "seconds" in v else "", v.get("why", ""))
             for name, v in verdicts.items()]  # fmt: skip
     print(table(("part", "status", "time", ""), rows, right=(2,)))
