@@ -8,12 +8,15 @@ raises `Fault` for:
 - shared memory that one partition writes and another uses, for which only barriers of memory copies are meant;
 - a store by TMA, or a product, of what threads wrote with no fence of the asynchronous proxy since, and a copy that is to
   arrive on a barrier so initialized;
-- a barrier that is arrived at too often, and a wait that never ends;
+- a wait that never ends, and loads that nobody waits for;
 - an accumulator that is used while its product is in flight; products or copies in flight at the end of a partition;
 - an element of the output that is stored twice or not at all; loads and stores beyond the end of a tensor.
 
-The warps of a partition go in step: barriers between them, layouts and registers are the compiler's and are left to
-tests/codegen. Rounding is torch's; sums of int8 products are exact.
+In every launch one kind of event is held back, another with another seed. Bytes are to be expected before they land, and
+shared memory of threads belongs to one partition for good: that is stricter than the GPU. Integers have no end.
+
+The warps of a partition go in step: barriers between them, layouts (but those of TMA) and registers are the compiler's
+and are left to tests/codegen. Rounding is torch's; sums of int8 products are exact.
 """
 
 from __future__ import annotations
@@ -27,7 +30,11 @@ import torch
 from gluon_machine import Barrier, Copy, InFlight, Machine, Memory
 from gluon_values import Descriptor, DType, Fault, Pointer, Scalar, Tensor
 
+from fqt_kernels._gluon import gl
+
 __all__ = ["Fault", "emulate"]
+
+COMPILER_BYTES = 512  # of shared memory, for the states of partitions: 312 were seen
 
 
 def _with_barrier(view: Memory) -> Barrier:
@@ -53,6 +60,7 @@ class _MBarrier:
     def wait(view: Memory, parity: int) -> None:
         barrier = _with_barrier(view)
         Machine.current.pause(lambda: barrier.completed % 2 != parity)
+        barrier.seen = barrier.completed
 
     @staticmethod
     def arrive(view: Memory, pred: bool = True) -> None:
@@ -67,13 +75,20 @@ class _MBarrier:
         Machine.current.pause()
         barrier = _with_barrier(view)
         barrier.bytes += size
+        barrier.loaded = True
         barrier.pending -= 1
         barrier.settle()
+
+
+def _same_layout(descriptor: Descriptor, memory: Memory) -> None:
+    if descriptor.layout != memory.layout:
+        raise Fault(f"TMA copies {descriptor.layout}, and shared memory is {memory.layout}")
 
 
 def _tma_load(descriptor: Descriptor, at: list[int], view: Memory, target: Memory) -> None:
     machine, barrier = Machine.current, _with_barrier(view)
     machine.pause()
+    _same_layout(descriptor, target)
     if view.unfenced.any():
         raise Fault("a copy is to arrive on a barrier that was initialized with no fence since")
     if list(target.shape) != descriptor.block_shape or min(at) < 0:
@@ -97,6 +112,7 @@ def _tma_load(descriptor: Descriptor, at: list[int], view: Memory, target: Memor
 def _tma_store(descriptor: Descriptor, at: list[int], source: Memory) -> None:
     machine = Machine.current
     machine.pause()
+    _same_layout(descriptor, source)
     if list(source.shape) != descriptor.block_shape or min(at) < 0:
         raise Fault(f"{source.shape} is stored as a block of {descriptor.block_shape} at {at}")
     source.begin_read("a store by TMA")
@@ -161,7 +177,7 @@ def _store(pointer: Pointer, x: Tensor, mask: Tensor) -> None:
 
 
 def _allocate(dtype: DType, shape: list[int], layout: Any) -> Memory:
-    memory = Memory.allocate(dtype, list(shape))
+    memory = Memory.allocate(dtype, list(shape), layout)
     Machine.current.memories.append(memory)
     return memory
 
@@ -175,7 +191,7 @@ LANGUAGE = types.SimpleNamespace(
     constexpr=None,
     **{name: DType(getattr(torch, name)) for name in ("int8", "int32", "int64", "float32", "bfloat16")},
     NVMMADistributedLayout=_static_layout,
-    NVMMASharedLayout=_static_layout,
+    NVMMASharedLayout=gl.NVMMASharedLayout,
     SwizzledSharedLayout=_static_layout,
     BlockedLayout=_static_layout,
     SliceLayout=lambda dim, parent: types.SimpleNamespace(parent=parent),
@@ -210,12 +226,12 @@ def emulate(module: types.ModuleType, kernel: str, seed: int) -> Callable:
 
     class Launcher:
         def __getitem__(self, grid: tuple[int, ...]) -> Callable:
-            return lambda *args, **options: run(names[kernel], grid[0], seed, args, options)
+            return lambda *args, **options: run(names[kernel], grid[0], seed, args, options, module.SHARED_BYTES)
 
     return Launcher()
 
 
-def run(function: Callable, programs: int, seed: int, args: tuple, options: dict[str, Any]) -> None:
+def run(function: Callable, programs: int, seed: int, args: tuple, options: dict[str, Any], shared: int) -> None:
     """All programs of a launch, one after the other in any order. C is the third of `args`, by descriptor or by pointer."""
     rng = random.Random(seed)
     warps = options.pop("num_warps")
@@ -228,11 +244,23 @@ def run(function: Callable, programs: int, seed: int, args: tuple, options: dict
         c.stored = stored
     else:
         arguments[2] = Pointer(c.elements, 0, stored)
-    for program in rng.sample(range(programs), programs):
-        Machine(program, programs, warps, rng)
-        function(*arguments, **options)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # each partition's thread would have a team of its own
+    try:
+        _run_programs(function, programs, seed, arguments, options, shared, warps, rng)
+    finally:
+        torch.set_num_threads(threads)
     if (stored != 1).any():
         raise Fault(f"{int((stored == 0).sum())} elements of C are not stored, {int((stored > 1).sum())} twice or more")
+
+
+def _run_programs(function, programs, seed, arguments, options, shared, warps, rng) -> None:
+    for program in rng.sample(range(programs), programs):
+        machine = Machine(program, programs, warps, rng, seed + program)
+        function(*arguments, **options)
+        needed = sum(memory.bytes for memory in machine.memories)
+        if needed > shared - COMPILER_BYTES:
+            raise Fault(f"{needed} bytes of shared memory of {shared}, and the compiler needs some")
 
 
 def _argument(arg: Any) -> Any:

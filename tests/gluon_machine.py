@@ -12,7 +12,7 @@ import torch
 from gluon_values import Descriptor, DType, Fault, Tensor
 
 POISON = 77  # in shared memory that nothing has landed in yet
-LIMIT_S = 60.0  # for a partition to come to its next turn
+LIMIT_S = 120.0  # for a program to come to its end
 
 
 class _Ended(BaseException):
@@ -22,14 +22,16 @@ class _Ended(BaseException):
 class Memory:
     """An allocation of shared memory, or a view of one."""
 
-    def __init__(self, data: torch.Tensor, dtype: DType, marks: tuple[torch.Tensor, ...], barriers: dict) -> None:
-        self.data, self.dtype, self.marks, self.barriers = data, dtype, marks, barriers
+    def __init__(
+        self, data: torch.Tensor, dtype: DType, marks: tuple[torch.Tensor, ...], barriers: dict, layout: Any
+    ) -> None:
+        self.data, self.dtype, self.marks, self.barriers, self.layout = data, dtype, marks, barriers, layout
         self.reading, self.writing, self.unfenced, self.owner = marks
 
     @staticmethod
-    def allocate(dtype: DType, shape: list[int]) -> Memory:
-        marks = tuple(torch.zeros(shape, dtype=torch.int16) for _ in range(4))
-        return Memory(torch.full(shape, POISON, dtype=dtype.torch), dtype, marks, {})
+    def allocate(dtype: DType, shape: list[int], layout: Any) -> Memory:
+        marks = tuple(torch.zeros(shape, dtype=torch.int8) for _ in range(4))
+        return Memory(torch.full(shape, POISON, dtype=dtype.torch), dtype, marks, {}, layout)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -40,7 +42,7 @@ class Memory:
         return self.data.numel() * self.data.element_size()
 
     def _view(self, of: Callable[[torch.Tensor], torch.Tensor]) -> Memory:
-        return Memory(of(self.data), self.dtype, tuple(of(mark) for mark in self.marks), self.barriers)
+        return Memory(of(self.data), self.dtype, tuple(of(mark) for mark in self.marks), self.barriers, self.layout)
 
     def index(self, i: int) -> Memory:
         if not 0 <= i < self.shape[0]:
@@ -97,6 +99,8 @@ class Barrier:
     pending: int
     bytes: int = 0
     completed: int = 0
+    seen: int = 0  # phases that somebody has waited for
+    loaded: bool = False
 
     def settle(self) -> None:
         if self.pending < 0:
@@ -164,21 +168,27 @@ class Partition:
     products: list[InFlight] = field(default_factory=list)
     copies: list[Copy] = field(default_factory=list)
     done: bool = False
-    error: BaseException | None = None
+
+
+# Kinds of events, of which a machine holds one back as long as anything else may happen: none, or what a partition does,
+# or what it has in flight.
+LAZY = (None, ("loads", 0), *((kind, i) for kind in ("products", "stores", "partition") for i in range(3)))
+PATIENCE = 0.98  # the probability that it does
 
 
 class Machine:
-    """One program of a launch."""
+    """One program of a launch. lazy: an index of LAZY."""
 
     current: Machine
 
-    def __init__(self, program: int, programs: int, warps: int, rng: random.Random) -> None:
-        self.program, self.programs, self.rng = program, programs, rng
+    def __init__(self, program: int, programs: int, warps: int, rng: random.Random, lazy: int = 0) -> None:
+        self.program, self.programs, self.rng, self.lazy = program, programs, rng, LAZY[lazy % len(LAZY)]
         self.main = self.partition = Partition(0, warps, lambda: None)
         self.loads: list[Callable[[], None]] = []
         self.memories: list[Memory] = []
-        self._back = threading.Event()
-        self._ending = False
+        self.partitions: list[Partition] = []
+        self._finished = threading.Event()
+        self._ending, self._error = False, None
         Machine.current = self
 
     def pause(self, ready: Callable[[], bool] = lambda: True) -> None:
@@ -189,65 +199,76 @@ class Machine:
                 raise Fault("the program waits before it has partitions")
             return
         me.ready = ready
-        self._back.set()
-        me.turn.wait()
-        me.turn.clear()
+        if not self._go_on(me):
+            me.turn.wait()
+            me.turn.clear()
         if self._ending:
             raise _Ended
 
     def specialize(self, functions: list[tuple], warps: list[int]) -> None:
         everyone = [self.main.warps, *warps]
-        partitions = [Partition(i, everyone[i], lambda f=f, a=a: f(*a)) for i, (f, a) in enumerate(functions)]
-        threads = [threading.Thread(target=self._run, args=(p,), daemon=True) for p in partitions]
+        self.partitions = [Partition(i, everyone[i], lambda f=f, a=a: f(*a)) for i, (f, a) in enumerate(functions)]
+        threads = [threading.Thread(target=self._run, args=(p,), daemon=True) for p in self.partitions]
         for thread in threads:
             thread.start()
-        try:
-            while moves := list(self._moves(partitions)):
-                move = self.rng.choice(moves)
-                if isinstance(move, Partition):
-                    self._resume(move)
-                else:
-                    move()
-            if waiting := [p.number for p in partitions if not p.done]:
-                raise Fault(f"partitions {waiting} wait forever")
-        finally:
-            self._ending = True
-            for partition in partitions:
-                partition.turn.set()
-            for thread in threads:
-                thread.join(LIMIT_S)
-            self.partition = self.main
+        self._go_on(None)
+        ended = self._finished.wait(LIMIT_S)
+        self._ending = True
+        for partition in self.partitions:
+            partition.turn.set()
+        for thread in threads:
+            thread.join(LIMIT_S)
+        self.partition = self.main
+        if self._error is not None or not ended:
+            raise self._error or Fault(f"partition {self.partition.number} does not come to an end")
+        barriers = (barrier for memory in self.memories for barrier in memory.barriers.values())
+        if any(barrier.loaded and barrier.seen < barrier.completed for barrier in barriers):
+            raise Fault("the program ends with loads that nobody has waited for")
 
     def _run(self, partition: Partition) -> None:
         partition.turn.wait()
         partition.turn.clear()
         try:
-            if not self._ending:
-                partition.run()
-                if partition.products or not all(copy.done for copy in partition.copies):
-                    raise Fault(f"partition {partition.number} ends with products or copies in flight")
+            if self._ending:
+                return
+            partition.run()
+            if partition.products or not all(copy.done for copy in partition.copies):
+                raise Fault(f"partition {partition.number} ends with products or copies in flight")
+            partition.done = True
+            self._go_on(partition)
+        except _Ended:
+            pass
         except BaseException as error:
-            partition.error = error
-        partition.done = True
-        self._back.set()
+            self._error = error
+            self._finished.set()
 
-    def _moves(self, partitions: list[Partition]) -> Iterator[Any]:
-        yield from (p for p in partitions if not p.done and p.ready())
-        yield from (self._landing(i) for i in range(len(self.loads)))
+    def _go_on(self, me: Partition | None) -> bool:
+        """Whoever has the turn lets events happen, until it is a partition's turn: true if it is its own."""
+        while moves := list(self._moves(self.partitions)):
+            eager = [move for kind, move in moves if kind != self.lazy]
+            patient = eager and self.rng.random() < PATIENCE
+            move = self.rng.choice(eager if patient else [move for _, move in moves])
+            if isinstance(move, Partition):
+                move.ready = lambda: True
+                if move is me:
+                    return True
+                self.partition = move
+                move.turn.set()
+                return False
+            move()
+        if waiting := [p.number for p in self.partitions if not p.done]:
+            raise Fault(f"partitions {waiting} wait forever")
+        self._finished.set()
+        return False
+
+    def _moves(self, partitions: list[Partition]) -> Iterator[tuple[tuple[str, int], Any]]:
+        """What may happen next, by kind: a partition's turn, or something to call."""
+        yield from ((("partition", p.number), p) for p in partitions if not p.done and p.ready())
+        yield from ((("loads", 0), self._landing(i)) for i in range(len(self.loads)))
         for p in partitions:
             if p.products and p.products[0].value is None:
-                yield p.products[0].execute
-            yield from (copy.execute for copy in p.copies if not copy.done)
+                yield ("products", p.number), p.products[0].execute
+            yield from ((("stores", p.number), copy.execute) for copy in p.copies if not copy.done)
 
     def _landing(self, i: int) -> Callable[[], None]:
         return lambda: self.loads.pop(i)()
-
-    def _resume(self, partition: Partition) -> None:
-        self.partition = partition
-        partition.ready = lambda: True
-        self._back.clear()
-        partition.turn.set()
-        if not self._back.wait(LIMIT_S):
-            raise Fault(f"partition {partition.number} does not come to an end")
-        if partition.error is not None:
-            raise partition.error

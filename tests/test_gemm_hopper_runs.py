@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 
 import gluon
+import gluon_machine
 import pytest
 import torch
 
@@ -44,6 +45,8 @@ def test_the_product_is_the_reference(shape, config):
     """Bit for bit, also in bfloat16; every element is stored once. The order of events differs from case to case."""
     m, n, k = shape
     for i, (granularity, (a_offset, b_offset)) in enumerate(itertools.product(("per_row", "per_tensor"), OFFSETS)):
+        if (i + SHAPES.index(shape)) % 2:  # half of the epilogues with each shape
+            continue
         seed = 1000 * kernels.CONFIGS.index(config) + 100 * SHAPES.index(shape) + i
         a = operand(m, k, granularity, a_offset, False, 2 * seed)
         b = operand(n, k, ("per_row", "per_tensor", "none")[i % 3], b_offset, True, 2 * seed + 1)
@@ -57,9 +60,9 @@ def test_the_product_is_the_reference(shape, config):
 @pytest.mark.parametrize("config", kernels.CONFIGS, ids=NAMES)
 def test_any_order_of_events_gives_the_same_bits(config):
     """Of copies that land, products that finish, stores that are read, and partitions that advance."""
-    a, b = operand(400, 1100, "per_row", True, False, 0), operand(264, 1100, "per_row", True, True, 1)
+    a, b = operand(400, 900, "per_row", True, False, 0), operand(264, 900, "per_row", True, True, 1)
     expected = reference.scaled_mm(a, b, None, torch.float32)
-    for seed in range(6):
+    for seed in range(len(gluon_machine.LAZY)):
         assert torch.equal(launch(kernels, a, b, config, seed, processors=1 + seed % 3), expected), seed
 
 
@@ -69,7 +72,17 @@ SPLIT, WHOLE = (128, 256, 128, 4, 4), (128, 256, 128, 8, 4)
 EMPTY = "            mbarrier.wait(empty.index(stage), empty_parity(step, STAGES))\n"
 FULL = "            mbarrier.wait(full.index(stage), full_parity(step, STAGES))\n"
 LAST_FREE = "        mbarrier.arrive(empty.index(freed_stage(step, STAGES)))\n"
+LAST_WAIT = "        acc = warpgroup_mma_wait(0, deps=[acc])\n"
+EXTRA = """            step += 1
+    stage = stage_of(step, STAGES)
+    mbarrier.wait(empty.index(stage), empty_parity(step, STAGES))
+    mbarrier.expect(full.index(stage), BLOCK_M * BLOCK_K)
+    tma_load(a_desc, [0, 0], full.index(stage), a_ring.index(stage))
+
+
+"""
 STORE = "        buffer.store(out.to(buffer.dtype))\n        fence_async_shared()\n"
+OUT_LAYOUT = "out_layout: gl.constexpr = gl.NVMMASharedLayout(128"
 SECOND = "(HALF, staging_2, columns_2, ring"
 MUTATIONS = {
     "stages are not waited for": (EMPTY, ""),
@@ -77,6 +90,13 @@ MUTATIONS = {
     "the stage in flight is freed": ("freed_stage(step, STAGES)), pred=k > 0)", "stage_of(step, STAGES)), pred=k > 0)"),
     "the last stage is not freed": (LAST_FREE, ""),
     "the last product is not waited for": ("acc = warpgroup_mma_wait(0, deps=[acc])\n", "pass\n"),
+    "the last stage is freed early": (LAST_WAIT + LAST_FREE, LAST_FREE + LAST_WAIT),
+    "a load that nobody waits for": ("            step += 1\n\n\n", EXTRA),
+    "another swizzle": (OUT_LAYOUT, OUT_LAYOUT.replace("128", "64")),
+    "more shared memory than there is": ("left = SHARED_BYTES - 1024", "left = 2 * SHARED_BYTES - 1024"),
+    "rows beyond the end": ("(m < M - first_m - row)", "(m < M - first_m)"),
+    "the bias of other columns": ("out += _column(columns, columns.shape[0] - 1, FIRST, layout)",
+                                  "out += _column(columns, 0, FIRST, layout)"),
     "two products in flight": ("warpgroup_mma_wait(1, deps=[acc])", "warpgroup_mma_wait(2, deps=[acc])"),
     "fewer bytes expected": ("(BLOCK_M + BLOCK_N) * BLOCK_K)", "(BLOCK_M + BLOCK_N) * BLOCK_K // 2)"),
     "more bytes expected": ("(BLOCK_M + BLOCK_N) * BLOCK_K)", "(BLOCK_M + BLOCK_N) * BLOCK_K * 2)"),
@@ -101,8 +121,8 @@ ONLY_WITH_RUNS = {"rows of another run": (256, 128, 128, 8, 4)}
 
 @pytest.mark.parametrize("old,new", MUTATIONS.values(), ids=MUTATIONS)
 def test_a_broken_kernel_is_found(old, new, tmp_path, request):
-    """By a fault or a wrong result in one of ten orders of events, of a product with several tiles and more steps than
-    stages."""
+    """By a fault or a wrong result, of products with several tiles and more steps than stages, in one of as many orders of
+    events as there are kinds of them to hold back."""
     with open(kernels.__file__) as f:
         source = f.read()
     assert source.count(old) == 1, f"{source.count(old)} places to break"
@@ -111,13 +131,15 @@ def test_a_broken_kernel_is_found(old, new, tmp_path, request):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = ONLY_WITH_RUNS.get(request.node.callspec.id, SPLIT)
-    a, b = operand(300, 1100, "per_row", True, False, 0), operand(264, 1100, "per_row", True, True, 1)
-    expected = reference.scaled_mm(a, b, None, torch.float32)
-    for seed in range(10):
+    a, bias = operand(300, 1100, "per_row", True, False, 0), torch.randn(264)
+    both = [operand(n, 1100, "per_row", True, True, 1) for n in (264, 263)]  # stores by TMA, and by threads
+    expected = [reference.scaled_mm(a, b, bias[: len(b.q)], torch.float32) for b in both]
+    for seed in range(2 * len(gluon_machine.LAZY)):
+        b, want = both[seed // len(gluon_machine.LAZY)], expected[seed // len(gluon_machine.LAZY)]
         try:
-            out = launch(module, a, b, config, seed, processors=1)
+            out = launch(module, a, b, config, seed, bias[: len(b.q)], processors=1)
         except gluon.Fault:
             return
-        if not torch.equal(out, expected):
+        if not torch.equal(out, want):
             return
     pytest.fail("nothing was found")

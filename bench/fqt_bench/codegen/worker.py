@@ -90,15 +90,22 @@ def compiled(
 
 def main_loop(text: str, mma: re.Pattern) -> list[str]:
     """The lines of the innermost loop that holds a tensor-core instruction, none if there is no such loop."""
+    return min(main_loops(text, mma), key=len, default=[])
+
+
+def main_loops(text: str, mma: re.Pattern) -> list[list[str]]:
+    """The lines of the shortest loop around each tensor-core instruction, each loop once."""
     lines = text.splitlines()
     labels = {m[1]: i for i, line in enumerate(lines) if (m := LABEL.match(line))}
-    loops = []
+    spans = []
     for i, line in enumerate(lines):
         m = BRANCH.search(line)
         first = labels.get(m[1], i) if m else i
-        if any(mma.search(inner) for inner in lines[first:i]):
-            loops.append(lines[first : i + 1])
-    return min(loops, key=len, default=[])
+        if first < i:
+            spans.append((i - first, first, i))
+    used = (i for i, line in enumerate(lines) if mma.search(line))
+    around = (min((span for span in spans if span[1] <= i < span[2]), default=None) for i in used)
+    return [lines[first : last + 1] for _, first, last in sorted({span for span in around if span is not None})]
 
 
 def widths(lines: list[str]) -> tuple[list[int], list[int]]:
@@ -134,24 +141,33 @@ def resources(kernel) -> dict[str, int]:
 
 def pipeline(ptx: str) -> dict[str, object]:
     """Of a warp-specialized product: registers that warps ask for, TMA loads and stores in the text, wgmma left in flight
-    by the waits of the main loop, arrivals on a barrier with no barrier of the partition's warps since they waited."""
+    by the waits of the partitions' main loops, arrivals on a barrier with no barrier of the partition's warps since they
+    waited, partitions that share such a barrier counted as well."""
     waited = early = 0
+    own, last = set(), ""
     for line in ptx.splitlines():
         if "wgmma.wait_group" in line:
             waited = 1
-        elif re.search(r"\bbar\.sync\s+\d+,", line):
-            waited = 0
+        elif barrier := re.search(r"\bbar\.sync\s+(\d+),", line):
+            waited, last = 0, barrier[1]
         elif "mbarrier.arrive.shared" in line:
             early += waited
-    loop = "\n".join(main_loop(ptx, MMA))
+            own.add(last)
+    loops = main_loops(ptx, MMA)
+    early += len(loops) - len(own)
     copies = [re.findall(rf"cp\.async\.bulk\.tensor\.2d\.{to}", ptx) for to in (r"shared::\w+\.global", "global")]
     return {
         "setmaxnreg": sorted({int(n) for n in re.findall(r"setmaxnreg\S+\s+(\d+)", ptx)}),
         "tma": [len(found) for found in copies],
-        "waits": sorted({int(n) for n in re.findall(r"wgmma\.wait_group\S+\s+(\d+)", loop)}),
+        "waits": waits(loops, r"wgmma\.wait_group\S+\s+(\d+)"),
         "freed_early": early,
         "fused": len(FUSED.findall(ptx)),
     }
+
+
+def waits(loops: list[list[str]], pattern: str) -> list[int]:
+    """How many wgmma each wait of any of the loops leaves in flight, -1 for a loop without a wait."""
+    return sorted({int(n, 0) for loop in loops for n in re.findall(pattern, "\n".join(loop)) or ["-1"]})
 
 
 def figures(name: str, kernel) -> dict[str, object]:
@@ -172,8 +188,8 @@ def figures(name: str, kernel) -> dict[str, object]:
             loop = main_loop(assembly, SASS_MMA if "cubin" in kernel.asm else MMA)
             entry["loop_instructions"] = sum(bool(INSTRUCTION.match(line)) for line in loop)
             if "setmaxnreg" in text:
-                waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb\d, 0x(\w+)", "\n".join(loop))
-                entry["assembly_waits"] = sorted({int(n, 16) for n in waits})
+                loops = main_loops(assembly, SASS_MMA)
+                entry["assembly_waits"] = waits(loops, r"WARPGROUP\.DEPBAR\.LE gsb\d, (0x\w+)")
     return entry
 
 
