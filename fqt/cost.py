@@ -18,6 +18,7 @@ import functools
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,7 +33,9 @@ SOURCES = ("measured", "datasheet")
 ELEMENT = 2  # bytes of bf16; of a code: 1
 _CODES = {"int": "int8", "e4m3": "fp8"}
 LAUNCH_US = 2.0  # an assumption
-FITTED = {"launch_us": (0.0, 100.0), "quantize_share": (0.05, 2.0), "bf16_fill": (0.0, 1.0)}  # constants and ranges
+RATES = ("bf16_tflops", "int8_tops", "fp8_tflops", "tb_s")
+FITTED = {"launch_us": (0.0, 100.0), "quantize_share": (0.05, 2.0), "bf16_fill": (0.0, 1.0), "bf16_ramp": (0.0, 4096.0),
+          "ramp": (0.0, 4096.0)}  # constants and ranges  # fmt: skip
 MEASURED = Path(__file__).with_name("ceilings.json")
 
 
@@ -50,7 +53,9 @@ class Ceilings:
 
     launch_us: from the end of a kernel to the start of the next one of the same stream. quantize_share: of tb_s, what
     quantization reaches. bf16_fill: how far the waves of our tiles hold for bf16's library, whose tiles are not known: 1
-    like ours, 0 not at all. The three are assumptions until `fqt_bench.calibrate` has fitted them.
+    like ours, 0 not at all. bf16_ramp, and ramp of our products: as many terms of a sum as a program could add while its
+    pipeline fills and its result is written, so that short sums are slower. All are assumptions, those two of none, until
+    `fqt_bench.calibrate` has fitted them.
 
     Raises:
         ValueError: a rate that is no positive number, another constant out of its range, or an unknown source.
@@ -67,9 +72,11 @@ class Ceilings:
     launch_us: float = LAUNCH_US
     quantize_share: float = 1.0
     bf16_fill: float = 1.0
+    bf16_ramp: float = 0.0
+    ramp: float = 0.0
 
     def __post_init__(self) -> None:
-        for field in ("bf16_tflops", "int8_tops", "fp8_tflops", "tb_s"):
+        for field in RATES:
             value = getattr(self, field)
             if not (_is_rate(value) or (value is None and field == "fp8_tflops")):
                 raise ValueError(f"{field} must be a positive number, got {value!r}")
@@ -84,6 +91,15 @@ class Ceilings:
         fp8 = "" if self.fp8_tflops is None else f", fp8 {self.fp8_tflops:.0f} TFLOP/s"
         rates = f"bf16 {self.bf16_tflops:.0f} TFLOP/s, int8 {self.int8_tops:.0f} TOPS{fp8}, {self.tb_s:.2f} TB/s"
         return f"{self.gpu or 'a GPU'}: {rates} ({self.source})"
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a product is cut. full: the share of the processors' time that goes into the output, not into partial tiles and a
+    partial wave. terms: of the sum that a program computes."""
+
+    full: float
+    terms: float
 
 
 @dataclass(frozen=True)
@@ -251,16 +267,19 @@ def _rate(recipe: Recipe, ceilings: Ceilings) -> float:
     return ceilings.fp8_tflops
 
 
-def product(name: str, shape: tuple[int, int, int], rate: float, ceilings: Ceilings, format: str = "int") -> Product:
+def product(name: str, shape: tuple[int, int, int], rate: float, ceilings: Ceilings, format: str = "int",
+            tiling: Tiling | None = None) -> Product:  # fmt: skip
     """Predict one product of codes of a format ("int", "e4m3") at `rate` tera-operations a second, beside bf16.
 
-    Both are charged the waves of our tiles, bf16 as far as `Ceilings.bf16_fill` says.
+    tiling: of our product; None: of what dispatch selects without a table. Both are charged its waves, bf16 as far as
+    `Ceilings.bf16_fill` says.
     """
-    m, n, k = shape
-    full = fullness(shape, ceilings, format)
-    rates = (ceilings.bf16_tflops * full**ceilings.bf16_fill, ELEMENT), (rate * full, 1)
-    ms = [max(2e-9 * m * n * k / tera, _memory_ms(size * (m * k + n * k) + ELEMENT * m * n, ceilings))
-          + _launch_ms(1, ceilings) for tera, size in rates]  # fmt: skip
+    (m, n, k), c = shape, ceilings
+    cut = tiling or tiling_of(shape, c, format)
+    rates = ((c.bf16_tflops * cut.full**c.bf16_fill / (1 + c.bf16_ramp / k), ELEMENT),
+             (rate * cut.full / (1 + c.ramp / cut.terms), 1))  # fmt: skip
+    ms = [max(2e-9 * m * n * k / tera, _memory_ms(size * (m * k + n * k) + ELEMENT * m * n, c)) + _launch_ms(1, c)
+          for tera, size in rates]  # fmt: skip
     return Product(name, shape, *ms)
 
 
@@ -286,18 +305,24 @@ def _launch_ms(kernels: int, ceilings: Ceilings) -> float:
     return 1e-3 * ceilings.launch_us * kernels if ceilings.processors else 0.0
 
 
-def fullness(shape: tuple[int, int, int], ceilings: Ceilings, format: str) -> float:
-    """The share of the processors' time that goes into the (m, n) output, not into partial tiles and a partial wave."""
+def tiling_of(shape: tuple[int, int, int], ceilings: Ceilings, format: str) -> Tiling:
+    """Of what dispatch selects without a table; on a GPU without a number of processors, of full tiles."""
     if not ceilings.processors or not ceilings.arch:
-        return 1.0
+        return Tiling(1.0, shape[2])
     choice = _choice(shape, ceilings.arch, ceilings.processors, format)
     if choice.backend == "reference":
         raise NotModelled(f"plain torch: {choice.reason}")
-    m, n, _ = shape
-    block_m, block_n = choice.config[:2]
-    pieces = -(-m // block_m) * -(-n // block_n) * choice.split_k
-    covered = m * n / (-(-m // block_m) * block_m * -(-n // block_n) * block_n)
-    return covered * pieces / (-(-pieces // ceilings.processors) * ceilings.processors)
+    return tiling(shape, choice.config, choice.split_k, ceilings.processors)
+
+
+def tiling(shape: tuple[int, int, int], config: Sequence[int], split_k: int, processors: int) -> Tiling:
+    """Of an (m, n) output in tiles of config[0] x config[1], each of whose sums of k terms split_k programs share."""
+    m, n, k = shape
+    block_m, block_n = config[:2]
+    tiles = -(-m // block_m) * -(-n // block_n)
+    pieces = tiles * split_k
+    covered = m * n / (tiles * block_m * block_n)
+    return Tiling(covered * pieces / (-(-pieces // processors) * processors), k / split_k)
 
 
 def _choice(shape: tuple[int, int, int], arch: str, processors: int, format: str = "int") -> Choice:
@@ -377,7 +402,7 @@ def named(gpu: str, arch: str, processors: int) -> Ceilings:
 
 def of_entry(entry: dict, arch: str, processors: int) -> Ceilings:
     """The ceilings of an entry of measured ones."""
-    rates = (entry[f] for f in ("bf16_tflops", "int8_tops", "fp8_tflops", "tb_s"))
+    rates = (entry[f] for f in RATES)
     return Ceilings(*rates, "measured", entry["gpu"], arch, processors, **entry.get("fitted", {}))
 
 
@@ -401,17 +426,22 @@ def measured(path: Path) -> dict[str, dict]:
     Raises:
         ValueError: a file that is no such list, naming the entry and the field.
     """
+    return {entry["gpu"]: entry for entry in sorted(entries(path), key=lambda entry: entry["date"])}
+
+
+def entries(path: Path) -> list[dict]:
+    """All entries of such a file, in its order. Raises ValueError like `measured`."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as e:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise ValueError(f"{path}: not JSON ({e})") from e
-    if not isinstance(entries, list):
-        raise ValueError(f"{path}: expected a list of entries, got {type(entries).__name__}")
-    for i, entry in enumerate(entries):
+    if not isinstance(found, list):
+        raise ValueError(f"{path}: expected a list of entries, got {type(found).__name__}")
+    for i, entry in enumerate(found):
         problem = _invalid(entry)
         if problem:
             raise ValueError(f"{path}: entry {i}: {problem}")
-    return {entry["gpu"]: entry for entry in sorted(entries, key=lambda entry: entry["date"])}
+    return found
 
 
 _FIELDS = {"gpu": str, "bf16_tflops": float, "int8_tops": float, "fp8_tflops": float, "tb_s": float,

@@ -1,5 +1,6 @@
 """What the report says of targets, of where int8 pays and of ceilings. Every result here is FABRICATED."""
 
+import json
 import re
 
 import bench_fabricated as fake
@@ -137,6 +138,36 @@ def test_measured_and_predicted_cells_are_never_mixed():
     assert sorted(re.findall(r">(\d+\.\d\d)<", predicted)) == shown
     captions = re.findall(r"<figcaption>(.*?)</figcaption>", page.html(sections.document(fake.runs(result))))
     assert {"Measured", "Predicted (datasheet), no measurement"} <= set(captions)
+
+
+def test_calibrated_constants_predict_where_the_gpu_has_them(tmp_path, monkeypatch):
+    runs = fake.machine(fake.result(fake.pair("gemm", "8192x4096x4096", 1.2, "portable")))
+    entry = {"gpu": fake.H100, "bf16_tflops": 800.0, "int8_tops": 400.0, "fp8_tflops": None, "tb_s": 3.0,
+             "versions": {"a": 1}, "date": "2026-01-01", "file": "x",
+             "fitted": {"launch_us": 9.0, "ramp": 512.0}}  # fmt: skip
+    path = tmp_path / "ceilings.json"
+    path.write_text(json.dumps([entry]))
+    (usual,) = facts.grid(runs, "gemm").predicted.values()
+    monkeypatch.setattr(facts.cost, "MEASURED", path)
+    facts.cost.named.cache_clear()
+    try:
+        found = facts.grid(runs, "gemm")
+        named = facts.predictor(runs)
+    finally:
+        facts.cost.named.cache_clear()
+    assert (named.launch_us, named.ramp, found.source) == (9.0, 512.0, "measured")
+    (predicted,) = found.predicted.values()
+    one = facts.cost.product("", (8192, 4096, 4096), 400.0, named)
+    assert predicted == one.bf16_ms / one.ms < 0.5 < usual
+
+
+def test_a_prediction_on_the_wrong_side_of_one_comes_first_then_the_furthest_off():
+    found = grid({(1, A): 2.0, (2, A): 1.1, (4, A): 1.5, (8, A): 3.0},
+                 predicted={(1, A): 4.0, (2, A): 0.99, (4, A): 1.6})  # fmt: skip
+    table = sections._beside("x", found)
+    assert [(row[0], *row[2:]) for row in table.rows] == [
+        ("2", "1.10", "0.990", "-10 %", "wrong side of 1"), ("1", "2.00", "4.00", "+100 %", "–"),
+        ("4", "1.50", "1.60", "+7 %", "–")]  # fmt: skip
 
 
 # ---- roofline

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -114,6 +115,40 @@ def test_a_sum_that_programs_share_fills_the_processors_that_its_tiles_leave_idl
         monkeypatch.setattr(cost, "_choice", lambda *_, choice=choice: choice)
         got = cost.product("wgrad", (m, n, k), 1200, gpu).ms - cost.LAUNCH_US / 1e3
         assert got == pytest.approx(2 * m * n * k / 1200e9 / share)
+
+
+def test_a_ramp_is_so_many_terms_of_a_programs_sum(monkeypatch):
+    gpu, (m, n, k) = ceilings(arch="sm90", processors=128), (128 * 16, 256 * 8, 4096)
+    for split_k in (1, 2):
+        choice = Choice("triton", (128, 256, 128, 8, 3), "", "portable", split_k)
+        monkeypatch.setattr(cost, "_choice", lambda *_, choice=choice: choice)
+        plain = cost.product("", (m, n, k), 1200, gpu)
+        ramped = cost.product("", (m, n, k), 1200, replace(gpu, ramp=512.0, bf16_ramp=1024.0))
+        launch = cost.LAUNCH_US / 1e3
+        assert ramped.ms - launch == pytest.approx((plain.ms - launch) * (1 + 512 * split_k / k))
+        assert ramped.bf16_ms - launch == pytest.approx((plain.bf16_ms - launch) * 1.25)
+
+
+def test_bf16_has_the_part_of_our_waves_that_it_is_given(monkeypatch):
+    monkeypatch.setattr(cost, "_choice", lambda *_: Choice("triton", (128, 256, 128, 8, 3), ""))
+    gpu, shape = ceilings(arch="sm90", processors=128, launch_us=0.0), (128 * 8, 256 * 4, 65536)  # a quarter full
+    full = 2e-9 * shape[0] * shape[1] * shape[2] / 798
+    for fill, losses in ((0.0, 1.0), (0.5, 2.0), (1.0, 4.0)):
+        got = cost.product("", shape, 1200, replace(gpu, bf16_fill=fill))
+        assert got.bf16_ms == pytest.approx(full * losses)
+        assert got.ms == cost.product("", shape, 1200, gpu).ms
+
+
+def test_quantization_takes_its_share_of_the_bandwidth_and_each_kernel_its_launch():
+    gpu = ceilings(arch="sm90", processors=132)
+    plain, slow = (cost.linear(4096, 4096, 4096, INT8, g).passes for g in (gpu, replace(gpu, quantize_share=0.5)))
+    for before, after, kernels in zip(plain, slow, (1, 1, 4), strict=True):
+        launches = kernels * cost.LAUNCH_US / 1e3
+        assert after.ms - launches == pytest.approx(2 * (before.ms - launches))
+        dear = next(
+            p for p in cost.linear(4096, 4096, 4096, INT8, replace(gpu, launch_us=7.0)).passes if p.name == after.name
+        )
+        assert dear.ms - before.ms == pytest.approx(5e-3 * kernels)
 
 
 def test_small_layers_pay_for_waves_and_launches():
@@ -280,6 +315,9 @@ def test_measured_ceilings_come_before_the_datasheet_the_newest_first(measured):
         ([_entry(fp8_tflops=float("nan"))], "fp8_tflops .*nan"),
         ([_entry(gpu="")], "gpu must be a non-empty str"),
         ([_entry(versions="2.11")], "versions must be a non-empty dict"),
+        ([_entry(fitted={"launch": 1.0})], "fitted may have launch_us, .*got .'launch'"),
+        ([_entry(fitted={"bf16_fill": 1.5})], "fitted: bf16_fill must be a number from 0.0 to 1.0, got 1.5"),
+        ([_entry(fitted={"ramp": "1"})], "fitted: ramp must be a number .*got '1'"),
     ],
 )
 def test_a_file_of_ceilings_that_is_no_such_list_is_an_error_with_its_place(entries, says, measured):

@@ -244,6 +244,18 @@ def ceilings(machine: Machine) -> cost.Ceilings | None:
         return None
 
 
+def predictor(machine: Machine) -> cost.Ceilings | None:
+    """What `fqt.cost` predicts with on this GPU: the constants that were measured for it if there are, else `ceilings`."""
+    known = ceilings(machine)
+    if known is None:
+        return None
+    try:
+        named = cost.named(machine.name, known.arch, known.processors)
+    except cost.NotModelled:
+        return known
+    return named if named.source == "measured" else known
+
+
 def peak(ceiling: cost.Ceilings, format: str) -> float | None:
     """10¹² operations a second of products of a format."""
     return {"int8": ceiling.int8_tops, "bf16": ceiling.bf16_tflops, "fp8": ceiling.fp8_tflops}[format]
@@ -293,7 +305,7 @@ def grid(machine: Machine, suite: str) -> Grid | None:
         return None
     ms = tuple(sorted({m for m, _ in cells}))
     weights = tuple(sorted({weight for _, weight in cells}, key=lambda w: (w[0] * w[1], w)))
-    ceiling = ceilings(machine)
+    ceiling = predictor(machine)
     predicted = _predictions(suite, ms, weights, ceiling) if ceiling else {}
     return Grid(ms, weights, cells, predicted, ceiling.source if ceiling and predicted else "")
 

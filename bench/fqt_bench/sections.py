@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -304,6 +305,18 @@ def _grid(machine: Machine, suite: str, grid: Grid) -> Iterator[Block]:
     yield _grid_table(f"Measured int8 over bf16, {title}", grid, grid.cells, NOT_MEASURED)
     if grid.predicted:
         yield _grid_table(f"{predicted} int8 over bf16, {title}", grid, grid.predicted, "no prediction")
+        yield _beside(f"Int8 over bf16, measured beside {predicted.lower()}, {title}", grid)
+
+
+def _beside(caption: str, grid: Grid) -> Table:
+    """Every measured cell that has a prediction: those on the other side of 1 first, then the furthest off."""
+    cells = [(m, weight, value, grid.predicted[m, weight])
+             for (m, weight), value in grid.cells.items() if (m, weight) in grid.predicted]  # fmt: skip
+    cells.sort(key=lambda cell: ((cell[2] >= 1) == (cell[3] >= 1), -abs(math.log(cell[3] / cell[2]))))
+    rows = tuple((str(m), f"{n} × {k}", _number(value), _number(predicted), f"{100 * (predicted / value - 1):+.0f} %",
+                  "–" if (value >= 1) == (predicted >= 1) else "wrong side of 1")
+                 for m, (n, k), value, predicted in cells)  # fmt: skip
+    return Table(caption, ("M", "N × K", "measured", "predicted", "off by", ""), rows, right=(0, 2, 3, 4), folded=True)
 
 
 def _grid_table(caption: str, grid: Grid, cells: dict[Any, float], missing: str) -> Table:
