@@ -62,7 +62,7 @@ def test_any_order_of_events_gives_the_same_bits(config):
     """Of copies that land, products that finish, stores that are read, and partitions that advance."""
     a, b = operand(400, 900, "per_row", True, False, 0), operand(264, 900, "per_row", True, True, 1)
     expected = reference.scaled_mm(a, b, None, torch.float32)
-    for seed in range(len(gluon_machine.LAZY)):
+    for seed in range(kernels.CONFIGS.index(config) % 2, len(gluon_machine.LAZY), 2):
         assert torch.equal(launch(kernels, a, b, config, seed, processors=1 + seed % 3), expected), seed
 
 

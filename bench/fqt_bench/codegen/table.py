@@ -30,6 +30,7 @@ if not PINNED:
 LESS = re.compile(
     r"(?<!fp8 )scales odd$| split "
     r"|^(64x\d+x\d+ w4|128x64x\d+ (c1 )?w\d|128x128x\d+ w8) .*affine tail$"  # there is an odd one
+    r"|^(128x128x128 w4 s6|256x128x128 w4 s4) affine |^128x256x128 w4 s4 affine tail$"
     r"|^row ranges even|^groups \w+ even|^bhq n(128|1024|8192) |^bhq n4096 min nearest"
     r"|^psgd (bfloat16|adamw every scaled)|^int8 step sgd"
     r"|^n1024 cols (grid|min) |^n4096 |^n28672 min|^per_tensor (cols )?grid"
