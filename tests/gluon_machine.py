@@ -220,7 +220,7 @@ class Machine:
             thread.join(LIMIT_S)
         self.partition = self.main
         if self._error is not None or not ended:
-            raise self._error or Fault(f"partition {self.partition.number} does not come to an end")
+            raise self._error or Fault(f"the program does not come to an end within {LIMIT_S:.0f} s")
         barriers = (barrier for memory in self.memories for barrier in memory.barriers.values())
         if any(barrier.loaded and barrier.seen < barrier.completed for barrier in barriers):
             raise Fault("the program ends with loads that nobody has waited for")

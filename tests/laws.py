@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fqt import reference
 from fqt.guarded import GuardedTorch as GuardedTorch
+from fqt.qtensor import Operand
 
 EPS = 2.0**-24  # half an ulp of 1 in float32: the relative error of one rounding
 DITHER = 2.0**-17  # bins: stochastic rounding draws 16 bits, so its mean is off by up to half of 2**-16
@@ -154,3 +155,14 @@ def poisoned_tail(x: Tensor) -> Tensor:
 
 def _poison(dtype: torch.dtype) -> float | int:
     return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max - 6
+
+
+def random_operand(rows: int, k: int, granularity: str, offset: bool, single: bool, seed: int) -> Operand:
+    """Random codes with extreme ones, scales and offsets of many magnitudes; single: one offset."""
+    g = torch.Generator().manual_seed(seed)
+    q = torch.randint(-128, 128, (rows, k), generator=g, dtype=torch.int8)
+    q[0] = -128
+    n = rows if granularity == "per_row" else 1
+    scale = None if granularity == "none" else torch.exp(2 * torch.randn(n, generator=g))
+    shift = torch.randn(1 if single else n, generator=g) if offset else None
+    return Operand(q, scale, shift, q.sum(1, dtype=torch.int32))

@@ -281,15 +281,9 @@ SHAPES = [(1, 1, 1), (3, 2, 17), (255, 129, 640), (257, 127, 2000), (128, 256, 1
 OFFSETS = list(itertools.product((False, True), (False, True)))
 
 
-def operand(rows: int, k: int, granularity: str, offset: bool, single: bool, seed: int) -> Operand:
-    """Random codes with extreme ones, scales and offsets of many magnitudes, on the GPU; single: one offset."""
-    g = torch.Generator().manual_seed(seed)
-    q = torch.randint(-128, 128, (rows, k), generator=g, dtype=torch.int8)
-    q[0] = -128
-    n = rows if granularity == "per_row" else 1
-    scale = None if granularity == "none" else torch.exp(2 * torch.randn(n, generator=g))
-    shift = torch.randn(1 if single else n, generator=g) if offset else None
-    return Operand(*(None if t is None else t.cuda() for t in (q, scale, shift, q.sum(1, dtype=torch.int32))))
+def operand(*args) -> Operand:
+    """`laws.random_operand` on the GPU."""
+    return Operand(*(None if t is None else t.cuda() for t in laws.random_operand(*args)))
 
 
 def launch(a: Operand, b: Operand, bias=None, out_dtype=torch.float32, config=kernels.CONFIGS[0], processors=5):

@@ -7,6 +7,7 @@ import gluon
 import gluon_machine
 import pytest
 import torch
+from laws import random_operand as operand
 
 import fqt_kernels.gemm_hopper as kernels
 from fqt import reference
@@ -17,17 +18,6 @@ NAMES = ["x".join(map(str, c[:3])) + f" w{c[3]} s{c[4]}" for c in kernels.CONFIG
 # One below and above a tile, a row and a column, rows of C that TMA cannot store, steps below and above the ring.
 SHAPES = [(1, 1, 1), (3, 2, 17), (255, 129, 640), (257, 136, 1300), (128, 256, 128), (300, 520, 48)]
 OFFSETS = list(itertools.product((False, True), (False, True)))
-
-
-def operand(rows: int, k: int, granularity: str, offset: bool, single: bool, seed: int) -> Operand:
-    """Random codes with extreme ones, scales and offsets of many magnitudes; single: one offset."""
-    g = torch.Generator().manual_seed(seed)
-    q = torch.randint(-128, 128, (rows, k), generator=g, dtype=torch.int8)
-    q[0] = -128
-    n = rows if granularity == "per_row" else 1
-    scale = None if granularity == "none" else torch.exp(2 * torch.randn(n, generator=g))
-    shift = torch.randn(1 if single else n, generator=g) if offset else None
-    return Operand(q, scale, shift, q.sum(1, dtype=torch.int32))
 
 
 def launch(module, a: Operand, b: Operand, config, seed: int, bias=None, out_dtype=torch.float32, processors=2):
