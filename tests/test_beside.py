@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fqt import demo
-from fqt_bench import beside, psgd_runs, resnet_study
+from fqt_bench import beside, psgd_runs, recipe_study
 from fqt_bench.psgd_runs import Data
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -65,9 +65,9 @@ def study(tmp_path_factory):
     draws = torch.Generator().manual_seed(0)
     x, y = torch.randn(96, 1, 28, 28, generator=draws), torch.randint(10, (96,), generator=draws)
     data = Data("noise", x[:64], y[:64], x[64:], y[64:], shift=1)
-    plan = resnet_study.QUICK
+    plan = recipe_study.QUICK
     lines = tmp_path_factory.mktemp("study") / "lines.jsonl"
-    found = resnet_study.whole(data, plan, 1, 2, ["psq"], [8], [4], ["exact"], lines)
+    found = recipe_study.whole(data, plan, 1, 2, ["psq"], [8], [4], ["exact"], lines)
     path = lines.with_name("study.json")
     path.write_text(json.dumps(found), encoding="utf-8")
     return path, data
@@ -105,7 +105,7 @@ def test_what_was_found_is_kept_after_every_run_and_none_is_begun_too_late(study
     found = json.loads(out.read_text())["runs"]
     assert {recipe: [run["seed"] for run in of] for recipe, of in found.items()} == {"exact": [0], "psq8": [0]}
     assert "2 of the base's 4 runs were not begun within 4 s" in capsys.readouterr().out
-    real, calls = resnet_study.run, []
+    real, calls = recipe_study.run, []
 
     def interrupted(*args, **more):
         calls.append(args)
@@ -113,7 +113,7 @@ def test_what_was_found_is_kept_after_every_run_and_none_is_begun_too_late(study
             raise KeyboardInterrupt
         return real(*args, **more)
 
-    monkeypatch.setattr(resnet_study, "run", interrupted)
+    monkeypatch.setattr(recipe_study, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         beside.main(arguments)
     assert list(json.loads(out.read_text())["runs"]) == ["exact"]

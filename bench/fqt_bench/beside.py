@@ -1,6 +1,6 @@
 """Accuracies on a device beside those of the CPU backend: the same networks, batches and seeds.
 
-    python -m fqt_bench.beside resnet --base FILE.json [--out FILE.json]     # a study of `fqt_bench.resnet_study` on a CPU
+    python -m fqt_bench.beside resnet --base FILE.json [--out FILE.json]     # a study of `fqt_bench.recipe_study` on a CPU
     python -m fqt_bench.beside demo [--base demo.json] [--out FILE.json]     # without --base the CPU trains first
 
 Everything but the device is the base's: data, plan, learning rate, recipes and seeds; the initial weights and the random
@@ -26,7 +26,7 @@ import torch
 from fqt import demo
 from fqt.cli import UsageError, table
 
-from . import environment, psgd_runs, resnet_study
+from . import environment, psgd_runs, recipe_study
 
 Figures = dict[str, Any]
 Runs = dict[str, list[Figures]]
@@ -102,10 +102,10 @@ def resnet(
         UsageError: the base is no study, or the images are not those it was made of.
     """
     try:
-        plan, lr, name = resnet_study.Plan(**base["plan"]), base["learning_rate"], base["data"]["name"]
+        plan, lr, name = recipe_study.Plan(**base["plan"]), base["learning_rate"], base["data"]["name"]
         runs = sorted(base["runs"], key=lambda run: run["seed"])
     except (KeyError, TypeError) as e:
-        raise UsageError(f"--base: no study of fqt_bench.resnet_study: {e!r}") from None
+        raise UsageError(f"--base: no study of fqt_bench.recipe_study: {e!r}") from None
     data = psgd_runs.load("fashion-mnist" if name == "Fashion-MNIST" else "mnist", folder)
     if (data.name, len(data.train_x)) != (name, base["data"]["train"]):
         raise UsageError(f"--base is of {base['data']}, the images here are {len(data.train_x)} of {data.name}")
@@ -115,7 +115,7 @@ def resnet(
         start = time.perf_counter()
         if start - begun > limit_s:
             break
-        new = resnet_study.run(plan, run["recipe"], lr, data, run["seed"], measure=False)
+        new = recipe_study.run(plan, run["recipe"], lr, data, run["seed"], measure=False)
         new |= {"seed": run["seed"], "seconds": round(time.perf_counter() - start, 2)}
         known.setdefault(run["recipe"], []).append(run)
         found.setdefault(run["recipe"], []).append(new)
@@ -183,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="written after every run")
     args = parser.parse_args(argv)
     if args.what == "resnet" and args.base is None:
-        parser.error("resnet needs --base, a study of fqt_bench.resnet_study")
+        parser.error("resnet needs --base, a study of fqt_bench.recipe_study")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch.cuda.is_available() is false: not measured")
     device = torch.device(args.device)

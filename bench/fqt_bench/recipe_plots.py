@@ -1,4 +1,5 @@
-"""The figure of a ResNet study: accuracy, training loss and gradient variance by bits, and the variance by layer."""
+"""The figure of a recipe study: accuracy, training loss and gradient variance by bits, the variance by layer, and how the
+loss falls."""
 
 from __future__ import annotations
 
@@ -15,11 +16,13 @@ _WHEN = {"early": ("none", ":", "early, a tenth of the steps"), "end": ("full", 
 
 
 def draw(result: Figures, path: Path) -> None:
-    """Four panels; variances on logarithmic axes."""
+    """Four panels, variances on logarithmic axes; below them, where the study has them, curves of the loss."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11.5, 8.4), layout="constrained")
-    (accuracy, variance), (loss, layers) = figure.subplots(2, 2)
+    has_curves = any(run.get("curve") for run in result["runs"])
+    figure = Figure(figsize=(11.5, 8.4 + 3.8 * has_curves), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[8.4, 3.8]) if has_curves else (figure.subfigures(1, 1), None)
+    (accuracy, variance), (loss, layers) = above.subplots(2, 2)
     plan = result["plan"]
     _by_bits(accuracy, result, "accuracy")
     accuracy.set_title(f"Test accuracy, %: mean ± std of {seeds_said(result)}", fontsize=10)
@@ -35,8 +38,16 @@ def draw(result: Figures, path: Path) -> None:
     for axes in (accuracy, loss, variance, layers):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
-    figure.suptitle(f"ResNet-{plan['depth']}, width {plan['width']}, {result['data']['name']}", fontsize=11)
+    if below is not None:
+        _curves(below, result)
+    network = f"Transformer of {plan['depth']} blocks" if is_text(result) else f"ResNet-{plan['depth']}"
+    figure.suptitle(f"{network}, width {plan['width']}, {result['data']['name']}", fontsize=11)
     figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def is_text(result: Figures) -> bool:
+    """Whether the network is the transformer; studies of before had none."""
+    return result["plan"].get("network") == "gpt"
 
 
 def seeds_said(result: Figures) -> str:
@@ -102,3 +113,26 @@ def _by_layer(axes, result: Figures) -> None:
     axes.set_title(
         "Weight gradients by layer, early: variance over draws\nas a multiple of that over batches", fontsize=10
     )
+
+
+def _curves(figure, result: Figures) -> None:
+    """The training loss over the steps, one panel for each family: means over seeds that did not diverge, by bits."""
+    from matplotlib import colormaps
+
+    panels = figure.subplots(1, len(result["families"]), sharey=True, squeeze=False)[0]
+    low, high = min(result["bits"]), max(result["bits"])
+    for axes, family in zip(panels, result["families"], strict=True):
+        shades = [
+            (recipe_of(family, b), colormaps["plasma"](0.85 * (high - b) / max(high - low, 1))) for b in result["bits"]
+        ]
+        for name, color in (*shades, *((name, color) for name, (color, _) in _BASES.items())):
+            curves = [[float(v) for v in run["curve"].split()]
+                      for run in result["runs"] if run["recipe"] == name and run["curve"]]  # fmt: skip
+            if curves:
+                mean = [sum(values) / len(values) for values in zip(*curves, strict=True)]
+                at = [(i + 0.5) / len(mean) * result["plan"]["steps"] for i in range(len(mean))]
+                axes.plot(at, mean, color=color, linewidth=1.1, linestyle="--" if name == "qat8" else "-", label=name)
+        axes.set(yscale="log", xlabel="step")
+        axes.set_title(f"Training loss, {family}: mean over seeds", fontsize=10)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
