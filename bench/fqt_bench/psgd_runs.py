@@ -6,7 +6,7 @@ import copy
 import gzip
 import math
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,8 @@ MOMENTUM, WEIGHT_DECAY, PRETRAIN_LR = 0.9, 1e-4, 0.05
 ADAM, ADAM_WEIGHT_DECAY, ADAM_SHARE = ("gpt",), 0.01, 0.04  # networks that AdamW trains; its learning rate over SGD's
 WARM_UP = 0.05  # of the steps; after it the learning rate follows half a cosine
 BITS, SPARSITIES = (8, 6, 4, 3, 2), (50, 80, 90, 95)
+FEWER_BITS, FEWER_SPARSITIES = (4, 3, 2), (80, 90)  # of a network that takes a while to evaluate
+SLOW = ("resnet", "gpt")
 BINS = 121  # of a histogram from −max|w| to max|w|
 POINTS = 50  # of a curve
 Figures = dict[str, Any]
@@ -251,7 +253,7 @@ def run(method: Method, setting: Figures, base: nn.Module, data: Data, plan: Pla
     made = {"diverged": False, "train_loss": at_the_end(losses), "curve": curve(losses)}
     if method.bits:
         return {**made, "accuracy": accuracies_of_lsq(model, method.bits, data)}
-    cells, mse = accuracies(model, data)
+    cells, mse = accuracies(model, data, *((FEWER_BITS, FEWER_SPARSITIES) if plan.network in SLOW else ()))
     return {**made, "accuracy": cells, "mse_in_spacings": mse, "histogram": histogram(weights_of(model)[1])}
 
 
@@ -274,18 +276,20 @@ def accuracy(model: nn.Module, data: Data) -> float:
     return evaluated(model, data)[0]
 
 
-def accuracies(model: nn.Module, data: Data) -> tuple[Figures, Figures]:
+def accuracies(
+    model: nn.Module, data: Data, bits: Sequence[int] = BITS, sparsities: Sequence[int] = SPARSITIES
+) -> tuple[Figures, Figures]:
     """By cell: "fp", "W4" rounded to 4 bits, "W4 fitted" on the grid of least error, "S90" 90 % cut, "S80 W4" cut, then
     rounded. And by number of bits the mean squared error of rounding, in Δ²: 1/12 of weights that lie evenly."""
     cells, mse = {"fp": accuracy(model, data)}, {}
-    for b in BITS:
+    for b in bits:
         rounded = copy.deepcopy(model)
         report = fqt.round_weights_(rounded, b)
         cells[f"W{b}"] = accuracy(rounded, data)
         mse[str(b)] = sum((w.mse_in_spacings or 0.0) * w.numel for w in report.weights) / report.numel
         if b <= 4:
             cells[f"W{b} fitted"] = accuracy(fitted(model, b), data)
-    for percent in SPARSITIES:
+    for percent in sparsities:
         cut = copy.deepcopy(model)
         fqt.prune_(cut, percent / 100)
         cells[f"S{percent}"] = accuracy(cut, data)

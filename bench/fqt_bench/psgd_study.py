@@ -7,6 +7,9 @@ MNIST digits, shifted at random by up to two pixels, and an MLP on the whole Fas
 steps of SGD, from which the method then goes on with a new optimizer (as in PSGD's and LSQ's own recipes), or takes all
 steps by the method ("start"). Its weights are then rounded and cut without fine-tuning, one grid for each tensor.
 
+`--datasets fashion-mnist-resnet python`: a narrow ResNet-20 with batch norm, and a transformer on the bytes of Python's
+standard library, where AdamW and `PSGDAdamW`, which scales the update, take the places of SGD and PSGD; fewer methods.
+
 Each finished run is a line of FILE.jsonl: a study that was cut off goes on there, and processes that are given different
 --datasets may share the file. `--report FILE.json` prints the tables of a finished study and draws FILE.png.
 
@@ -49,7 +52,11 @@ RULE = (
     "points below SGD's."
 )
 
-PLANS = {"mnist": Plan("cnn", 1000, 2500, 32, 5), "fashion-mnist": Plan("mlp", 1500, 4000, 128, 3)}
+PLANS = {
+    "mnist": Plan("cnn", 1000, 2500, 32, 5), "fashion-mnist": Plan("mlp", 1500, 4000, 128, 3),
+    "fashion-mnist-resnet": Plan("resnet", 300, 700, 64, 3), "python": Plan("gpt", 300, 700, 16, 3),
+}  # fmt: skip
+USUAL = ("mnist", "fashion-mnist")
 _STEPS = ({"start": "sgd", "lr": 0.05}, {"start": "sgd", "lr": 0.1}, {"start": "scratch", "lr": 0.05})
 _L1 = tuple({"start": "sgd", "lr": 0.05, "l1": strength} for strength in (1e-4, 3e-4, 1e-3))
 _LSQ = tuple({"start": "sgd", "lr": lr} for lr in (0.05, 0.02, 0.005))
@@ -64,7 +71,14 @@ METHODS = {
     **{f"lsq-{b}": Method(f"W{b}", _LSQ, bits=b) for b in (4, 3, 2)},
     **{f"psgd+lsq-{b}": Method(f"W{b}", _LSQ, _FAKE, b) for b in (4, 3, 2)},
 }  # fmt: skip
+FEWER = ("sgd", "psgd-4", "psgd-3", "psgd-2", "psgd-grid+zero-80", "psgd-grid+zero-90")
 FREE = tuple(f"{name}*" for name in ("l1", "psgd-2", "psgd-zero", "psgd-grid+zero-80", "psgd-grid+zero-90"))
+
+
+def settings(method: str, network: str) -> tuple[Figures, ...]:
+    """Those of a method; learning rates of AdamW in the proportion of `psgd_runs.ADAM_SHARE` to SGD's."""
+    share = psgd_runs.ADAM_SHARE if network in psgd_runs.ADAM else 1.0
+    return tuple({**setting, "lr": float(f"{share * setting['lr']:.3g}")} for setting in METHODS[method].settings)
 
 
 # ---- the runs, each a line
@@ -145,10 +159,11 @@ def chosen(tuning: Sequence[Figures], methods: Sequence[str]) -> dict[str, Figur
 
 def study(dataset: str, data: Data, plan: Plan, methods: Sequence[str], path: Path) -> Figures:
     """Tuning and the runs of one data set, finished runs from the file of lines."""
-    candidates = [(name, setting) for name in methods for setting in METHODS[name].settings]
+    methods = [name for name in methods if plan.network not in psgd_runs.SLOW or name in FEWER]
+    candidates = [(name, setting) for name in methods for setting in settings(name, plan.network)]
     tuning = do(dataset, "tuning", TUNING_SEED, candidates, data.held_out(), plan, path)
-    settings = chosen(tuning, methods)
-    runs = [r for seed in range(plan.seeds) for r in do(dataset, "test", seed, settings.items(), data, plan, path)]
+    picked = chosen(tuning, methods)
+    runs = [r for seed in range(plan.seeds) for r in do(dataset, "test", seed, picked.items(), data, plan, path)]
     for r in [*tuning, *runs]:
         if r["stage"] == "tuning" or r["seed"]:
             r.pop("histogram", None)  # one of each method is enough
@@ -156,8 +171,9 @@ def study(dataset: str, data: Data, plan: Plan, methods: Sequence[str], path: Pa
         "data": {"name": data.name, "train": len(data.train_x), "test": len(data.test_x), "shift": data.shift},
         "plan": plan._asdict(),
         "epochs": (plan.pretrain + plan.steps) * plan.batch / len(data.train_x),
-        "chosen": settings,
-        "summary": {name: summary([r for r in runs if r["method"] == name]) for name in settings},
+        "arguments": psgd_runs.arguments(plan.network),
+        "chosen": picked,
+        "summary": {name: summary([r for r in runs if r["method"] == name]) for name in picked},
         "tuning": tuning,
         "runs": runs,
     }
@@ -219,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--out", type=Path, metavar="FILE.json", help="beside it FILE.png, and FILE.jsonl with the runs"
     )
     parser.add_argument("--report", type=Path, metavar="FILE.json", help="only print and draw what FILE.json holds")
-    parser.add_argument("--datasets", nargs="+", choices=PLANS, default=list(PLANS))
+    parser.add_argument("--datasets", nargs="+", choices=PLANS, default=list(USUAL))
     parser.add_argument(
         "--fashion-mnist", type=Path, default=FASHION, metavar="DIR", help="folder of the four idx files"
     )
@@ -232,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         torch.set_num_threads(1)  # the matrices are too small for more, and the order of sums is then fixed
         try:
-            data = {name: psgd_runs.load(name, args.fashion_mnist) for name in args.datasets}
+            data = {name: psgd_runs.load(name.removesuffix("-resnet"), args.fashion_mnist) for name in args.datasets}
         except UsageError as e:
             parser.error(str(e))
         plans = {name: plan._replace(seeds=args.seeds or plan.seeds) for name, plan in PLANS.items()}
@@ -252,9 +268,8 @@ def whole(
         "choice": CHOICE,
         "rule": RULE,
         "environment": environment.environment(torch.device("cpu")),
-        "arguments": {"momentum": psgd_runs.MOMENTUM, "weight_decay": psgd_runs.WEIGHT_DECAY,
-                      "pretrain_lr": psgd_runs.PRETRAIN_LR, "warm_up": psgd_runs.WARM_UP, "tuning_seed": TUNING_SEED,
-                      "largest": position.LARGEST},
+        "arguments": {"pretrain_lr": psgd_runs.PRETRAIN_LR, "adam_share": psgd_runs.ADAM_SHARE,
+                      "tuning_seed": TUNING_SEED, "largest": position.LARGEST},
         "methods": {name: METHODS[name]._asdict() for name in methods},
         "noise": noise(steps),
         "datasets": {name: study(name, data[name], plans[name], methods, path) for name in data},
