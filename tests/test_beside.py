@@ -64,7 +64,7 @@ def study(tmp_path_factory):
     """A tiny study, and the images that it was made of."""
     draws = torch.Generator().manual_seed(0)
     x, y = torch.randn(96, 1, 28, 28, generator=draws), torch.randint(10, (96,), generator=draws)
-    data = Data("noise", x[:64], y[:64], x[64:], y[64:], shift=1)
+    data = Data("MNIST noise", x[:64], y[:64], x[64:], y[64:], shift=1)
     plan = recipe_study.QUICK
     lines = tmp_path_factory.mktemp("study") / "lines.jsonl"
     found = recipe_study.whole(data, plan, 1, 2, ["psq"], [8], [4], ["exact"], lines)
@@ -124,7 +124,17 @@ def test_another_set_of_images_is_refused(study, monkeypatch, capsys):
     monkeypatch.setattr(psgd_runs, "load", lambda name, folder: data._replace(train_x=data.train_x[:60]))
     with pytest.raises(SystemExit, match="2"):
         beside.main(["resnet", "--base", str(path), "--device", "cpu"])
-    assert "60 of noise" in capsys.readouterr().err
+    assert "60 of MNIST noise" in capsys.readouterr().err
+
+
+def test_a_base_of_unknown_data_is_refused(study, tmp_path, capsys):
+    path, _ = study
+    base = json.loads(path.read_text())
+    base["data"]["name"] = "CIFAR-10"
+    (other := tmp_path / "other.json").write_text(json.dumps(base))
+    with pytest.raises(SystemExit, match="2"):
+        beside.main(["resnet", "--base", str(other), "--device", "cpu"])
+    assert "of CIFAR-10, of which there is nothing here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,28 @@ def test_the_report_prints_and_draws_what_the_file_holds(result, tmp_path, capsy
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_of_a_transformer_it_is_adamw_that_is_scaled_and_the_report_says_so(data, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    x, y = torch.randint(256, (2, 60, 8), generator=torch.Generator().manual_seed(0))
+    text = Data("noise", x[:40], y[:40], x[40:], y[40:])
+    plan = Plan("gpt", pretrain=1, steps=2, batch=4, seeds=1)
+    found = psgd_study.whole({"python": text}, {"python": plan}, [*SOME, "l1"], tmp_path / "lines.jsonl", steps=30)
+    of = found["datasets"]["python"]
+    assert of["arguments"]["optimizer"] == "AdamW"
+    assert {r["method"] for r in of["tuning"]} == set(SOME)  # others, and other bits, are left out
+    assert [r["setting"]["lr"] for r in of["tuning"]] == [0.002, 0.004, 0.002] * 2
+    assert all(set(r["accuracy"]) >= {"fp", "W4", "W3 fitted", "S80", "S90 W4"} for r in of["runs"])
+    assert not any(cell in r["accuracy"] for r in of["runs"] for cell in ("W8", "S50"))
+    path = tmp_path / "study.json"
+    path.write_text(json.dumps(found), encoding="utf-8")
+    assert psgd_study.main(["--report", str(path)]) == 0
+    said = capsys.readouterr().out.split("| gradients of pure noise")[0]
+    assert "### noise, a transformer" in said and "2 steps of 4 windows" in said
+    assert "| AdamW |" in said and "| PSGDAdamW, 2 bits |" in said and " SGD" not in said and "PSGD," not in said
+    assert "| W4 | W3 | W2 |" in said and "W8" not in said and "50 %" not in said
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
 def runs_of(method, *cells):
     """Tuning runs of a method's settings: (full precision, goal) of each, None where it diverged."""
     goal = METHODS[method].goal

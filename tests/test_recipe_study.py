@@ -116,6 +116,26 @@ def test_a_quick_study_has_every_run_and_draws_its_plot(quick):
     assert quick.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_study_of_text_says_bits_a_byte(tmp_path, monkeypatch, capsys):
+    """Of a network that has learned nothing: some 8 bits, those of 256 bytes that are equally likely."""
+    pytest.importorskip("matplotlib")
+    x, y = torch.randint(256, (2, 120, 8), generator=torch.Generator().manual_seed(0))
+    text = Data("noise", x[:80], y[:80], x[80:], y[80:])
+    monkeypatch.setattr(psgd_runs, "load", lambda name, folder: {"python": text}[name])
+    path = tmp_path / "study.json"
+    assert recipe_study.main(["--quick", "--dataset", "python", "--out", str(path)]) == 0
+    found, said = json.loads(path.read_text(encoding="utf-8")), capsys.readouterr().out
+    assert [r["lr"] for r in found["tuning"]] == list(recipe_study.RATES["gpt"])
+    assert found["arguments"]["optimizer"] == "AdamW" and found["layers"][-1] == "head"
+    losses = [r["test_loss"] / math.log(2) for r in found["runs"] if r["recipe"] == "psq8"]
+    cell = f"{sum(losses) / 2:.3f} ± {torch.tensor(losses, dtype=torch.float64).std().item():.3f}"
+    assert f"| 8 | {cell} |" in said and all(7.5 < loss < 9 for loss in losses)
+    assert (
+        "Transformer of 1 blocks of width 8, noise, 80 training and 40 test windows of 64 bytes; 2 steps of 16" in said
+    )
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_study_that_was_cut_off_runs_what_is_missing_and_finds_the_same(quick, data, tmp_path, monkeypatch):
     found = json.loads(quick.read_text(encoding="utf-8"))
     lines = quick.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines(keepends=True)

@@ -106,9 +106,12 @@ def resnet(
         runs = sorted(base["runs"], key=lambda run: run["seed"])
     except (KeyError, TypeError) as e:
         raise UsageError(f"--base: no study of fqt_bench.recipe_study: {e!r}") from None
-    data = psgd_runs.load("fashion-mnist" if name == "Fashion-MNIST" else "mnist", folder)
+    kinds = {"Fashion-MNIST": "fashion-mnist", "MNIST": "mnist", "sources": "python"}  # by the first word of a data set
+    if (kind := kinds.get(name.split(" ")[0])) is None:
+        raise UsageError(f"--base is of {name}, of which there is nothing here")
+    data = psgd_runs.load(kind, folder)
     if (data.name, len(data.train_x)) != (name, base["data"]["train"]):
-        raise UsageError(f"--base is of {base['data']}, the images here are {len(data.train_x)} of {data.name}")
+        raise UsageError(f"--base is of {base['data']}, what is here are {len(data.train_x)} of {data.name}")
     data = data._replace(**{k: getattr(data, k).to(device) for k in ("train_x", "train_y", "test_x", "test_y")})
     known, found, begun = {}, {}, time.perf_counter()
     for run in runs:

