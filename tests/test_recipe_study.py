@@ -116,6 +116,14 @@ def test_a_quick_study_has_every_run_and_draws_its_plot(quick):
     assert quick.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_without_a_gpu_a_study_on_one_is_refused(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit, match="2"):
+        recipe_study.main(["--quick", "--device", "cuda", "--out", "study.json"])
+    assert "not measured" in capsys.readouterr().err
+
+
 def test_the_study_of_text_says_bits_a_byte(tmp_path, monkeypatch, capsys):
     """Of a network that has learned nothing: some 8 bits, those of 256 bytes that are equally likely."""
     pytest.importorskip("matplotlib")

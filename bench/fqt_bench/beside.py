@@ -112,7 +112,7 @@ def resnet(
     data = psgd_runs.load(kind, folder)
     if (data.name, len(data.train_x)) != (name, base["data"]["train"]):
         raise UsageError(f"--base is of {base['data']}, what is here are {len(data.train_x)} of {data.name}")
-    data = data._replace(**{k: getattr(data, k).to(device) for k in ("train_x", "train_y", "test_x", "test_y")})
+    data = data.to(device)
     known, found, begun = {}, {}, time.perf_counter()
     for run in runs:
         start = time.perf_counter()

@@ -54,6 +54,10 @@ class Data(NamedTuple):
         x, y = self.train_x, self.train_y
         return self._replace(train_x=x[:n], train_y=y[:n], test_x=x[n:], test_y=y[n:])
 
+    def to(self, device: torch.device) -> Data:
+        """The same on a device."""
+        return self._replace(**{name: x.to(device) for name, x in self._asdict().items() if isinstance(x, Tensor)})
+
 
 class Plan(NamedTuple):
     """How a network is trained: steps without a target that all runs share, steps of each method after them, inputs of a

@@ -7,7 +7,7 @@ or Fashion-MNIST, or a transformer of two blocks on the bytes of Python's standa
 recipe from the same initial weights and batches, and measures two variances of the gradient of all its parameters: over the
 draws of the stochastic rounding on a fixed batch, and over batches without it. They are measured at the end of each run, and
 under every recipe on the networks that qat8 trains: there recipes see the same weights. A sample, which PSQ gives a scale,
-is an image in a convolution and a byte in the transformer.
+is an image in a convolution and a byte in the transformer. Batches are the same on every device.
 
 Each finished run is a line of FILE.jsonl: a study that was cut off goes on there, with more --bits or --seeds too. FILE.png
 is drawn beside FILE.json; `--report FILE.json` prints the tables of a finished study and draws it again.
@@ -376,7 +376,7 @@ def whole(
         "kind": "a network under every recipe: accuracy, loss and gradient variance by bits",
         "choice": CHOICE,
         "rule": RULE,
-        "environment": environment.environment(torch.device("cpu")),
+        "environment": environment.environment(data.train_x.device),
         "data": {"name": data.name, "train": len(data.train_x), "test": len(data.test_x), "shift": data.shift},
         "plan": plan._asdict(),
         "seeds": seeds,
@@ -401,6 +401,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--seeds-8-bits", type=int, metavar="N", help="of exact, qat8 and 8 bits; by default as many")
     parser.add_argument("--bits", nargs="+", type=int, choices=BITS, default=[8, 6, 5, 4], help="of the runs")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--steps", type=int, help=f"{Plan().steps} by default, {TEXT.steps} of the transformer")
     parser.add_argument(
         "--quick", action="store_true", help="a few steps of a small network, three recipes, few images"
@@ -411,6 +412,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     more = args.seeds if args.seeds_8_bits is None else args.seeds_8_bits
     if args.seeds < 1 or (args.steps is not None and args.steps < 1) or more < args.seeds:
         parser.error("--seeds and --steps are at least 1, --seeds-8-bits at least --seeds")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch.cuda.is_available() is false: not measured")
     if args.report:
         result = json.loads(args.report.read_text(encoding="utf-8"))
     else:
@@ -419,6 +422,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             data = psgd_runs.load(args.dataset, args.fashion_mnist)
         except UsageError as e:
             parser.error(str(e))
+        data = data.to(torch.device(args.device))
         lines = args.lines or args.out.with_suffix(".jsonl")
         plan, quick = (TEXT, QUICK_TEXT) if args.dataset == "python" else (Plan(), QUICK)
         if args.quick:
