@@ -47,7 +47,7 @@ def _fp8(plain, config):
             return Products.apply(x, self.weight)
 
     assert config == "rowwise"
-    return peers._with_parameters(Float8, plain)
+    return peers.with_parameters(Float8, plain)
 
 
 @pytest.fixture
@@ -190,3 +190,9 @@ def test_a_case_forgets_what_those_before_it_compiled(monkeypatch):
     assert not forgot
     layers.step(nn.Linear(8, 8), x, dy, compiled=True)
     assert forgot
+
+
+def test_layers_of_torchao_are_of_one_class(torchao):
+    """Blocks whose layers are of other classes would be compiled one by one."""
+    a, b = (peers.int8_mixed_precision(nn.Linear(16, 16)) for _ in range(2))
+    assert type(a) is type(b)

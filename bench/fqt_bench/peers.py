@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
@@ -34,9 +35,16 @@ def int8_mixed_precision(plain: nn.Linear) -> nn.Linear:
 
     torchao has two layers of it. With 0.16 to 0.18 and torch 2.11 to 2.13 the tensor subclass computes in bf16, being
     registered for an operator that is never called, and the module is not compiled (a graph break at the products). This
-    one does as the module does, and is compiled as a whole.
+    one does as the module does, and is compiled as a whole. All layers are of one class: blocks of others compile anew.
     """
     from torchao.prototype.quantized_training.int8_mixed_precision import _dynamic_int8_mm as product
+
+    return with_parameters(_int8_class(product), plain)
+
+
+@functools.cache
+def _int8_class(product: Callable[[Tensor, Tensor], Tensor]) -> type[nn.Linear]:
+    """The class of layers with these products."""
 
     class Products(torch.autograd.Function):
         @staticmethod
@@ -55,7 +63,7 @@ def int8_mixed_precision(plain: nn.Linear) -> nn.Linear:
             y = Products.apply(x, self.weight)
             return y if self.bias is None else y + self.bias
 
-    return _with_parameters(Int8MixedPrecision, plain)
+    return Int8MixedPrecision
 
 
 def float8_rowwise(plain: nn.Linear) -> nn.Module:
@@ -65,7 +73,8 @@ def float8_rowwise(plain: nn.Linear) -> nn.Module:
     return convert_to_float8_training(plain, config=Float8LinearConfig.from_recipe_name("rowwise"))
 
 
-def _with_parameters(kind: type[nn.Linear], plain: nn.Linear) -> nn.Linear:
+def with_parameters(kind: type[nn.Linear], plain: nn.Linear) -> nn.Linear:
+    """A layer of that class with the parameters of another, themselves."""
     layer = kind(plain.in_features, plain.out_features, bias=plain.bias is not None, device="meta")
     layer.weight, layer.bias = plain.weight, plain.bias
     return layer

@@ -127,7 +127,7 @@ def _curves(figure, result: Figures) -> None:
         ]
         for name, color in (*shades, *((name, color) for name, (color, _) in _BASES.items())):
             curves = [[float(v) for v in run["curve"].split()]
-                      for run in result["runs"] if run["recipe"] == name and run["curve"]]  # fmt: skip
+                      for run in result["runs"] if run["recipe"] == name and run.get("curve")]  # fmt: skip
             if curves:
                 mean = [sum(values) / len(values) for values in zip(*curves, strict=True)]
                 at = [(i + 0.5) / len(mean) * result["plan"]["steps"] for i in range(len(mean))]

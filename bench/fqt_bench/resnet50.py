@@ -86,18 +86,18 @@ def case(batch: int, edge: int, device: torch.device, *, width: int = 64, blocks
 
     On a GPU also with the layers converted that `fqt.conv_cost` expects to be faster, and torch's own compiled.
     """
-    network = _network(batch, edge, device, width, blocks)
+    trained = network(batch, edge, device, width, blocks)
     ways = [train.full_precision(device), train.quantized("int8"), train.quantized("psq8")]
     if device.type == "cuda":
-        faster = functools.partial(_where_faster, x=network.x)
+        faster = functools.partial(_where_faster, x=trained.x)
         compiled = functools.partial(torch.compile, dynamic=False)
         ways += [train.Way("fqt int8, where predicted faster", faster, train.ALLOWED, {"tag": "int8 where faster"}),
                  train.Way(f"{ways[0].title}, torch.compile", compiled, train.ALLOWED,
                            {**peer("torch.compile", device), "tag": "full precision compiled"})]  # fmt: skip
-    return train.compare(title, f"{batch}x3x{edge}x{edge}", network, ways)
+    return train.compare(title, f"{batch}x3x{edge}x{edge}", trained, ways)
 
 
-def _network(batch: int, edge: int, device: torch.device, width: int, blocks: Sequence[int]) -> train.Network:
+def network(batch: int, edge: int, device: torch.device, width: int, blocks: Sequence[int]) -> train.Network:
     """Images are noise on a coarse pattern of their class."""
     dtype = work_dtype(device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

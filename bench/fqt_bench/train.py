@@ -121,13 +121,17 @@ def _quantized(model: nn.Module, name: str) -> nn.Module:
     return model
 
 
-def _torchao(model: nn.Module) -> nn.Module:
-    """torchao's int8 mixed precision in every linear layer, compiled."""
+def with_torchao(model: nn.Module) -> nn.Module:
+    """torchao's int8 mixed precision in every linear layer."""
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.Linear:
                 setattr(parent, name, peers.int8_mixed_precision(child))
-    return peers.compiled(model)
+    return model
+
+
+def _torchao(model: nn.Module) -> nn.Module:
+    return peers.compiled(with_torchao(model))
 
 
 def step(build: Callable[[], nn.Module], network: Network) -> Callable[[int], Tensor]:
