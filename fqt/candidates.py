@@ -14,13 +14,16 @@ import functools
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
+from . import conv_problems
+from .conv_problems import count
+
 if TYPE_CHECKING:
     import torch
 
     from .dispatch import Problem
     from .tuned import Timing
 
-KERNELS = ("portable", "hopper", "cublas", "rows", "long_rows", "tile")
+KERNELS = ("portable", "hopper", "cublas", "rows", "long_rows", "tile", *conv_problems.PATHS, "torch")
 MAX_CANDIDATES = 16
 # Whether the heuristic takes the asynchronous kernel of gemm_hopper.py where it can. `fqt.backend("hopper")` does in any
 # case, and a tuned table may.
@@ -36,17 +39,19 @@ INTERPRETER_CONFIG = (32, 32, 32, 1, 1)  # the interpreter's cost is per program
 # row, and of either; 32 bytes of a transposed row. Compiled for sm_80 and sm_90.
 MORE_TILES = ((128, 64, 8), (128, 128, 8))
 MORE_LONG_ROWS = ((32, 128, 8),)
-CONVOLUTIONS = ("conv", "conv_wgrad", "quantize_images")
+CONVOLUTIONS = (*conv_problems.PRODUCTS, *conv_problems.QUANTIZATIONS)
 _MAX_SPLIT = 32
-_MIN_SPLIT_STEPS = 8  # blocks of K that each program keeps: a pipeline of 4 stages is full for half of them
+MIN_SPLIT_STEPS = 8  # blocks of K that each program keeps: a pipeline of 4 stages is full for half of them
 
 
 class Candidate(NamedTuple):
     """A kernel and how it is launched.
 
     kernel: of a product "portable" (`gemm.py`), "hopper" (`gemm_hopper.py`) or "cublas" (`gemm_cublas.py`), of a
-    quantization "rows", "long_rows" or "tile". config: (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) of a product,
-    (BLOCK_M, BLOCK_N, num_warps) of a quantization, () of the kernels that have none. split_k: programs that share a sum.
+    quantization "rows", "long_rows" or "tile"; of a convolution's product "implicit" (`conv.py`, `conv_wgrad.py`), or the
+    way to a product of matrices, "pointwise" or "im2col", for which dispatch is asked in turn; "torch" where no kernel of
+    ours competes. config: (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) of a product, (BLOCK_M, BLOCK_N, num_warps) of
+    a quantization, of images (images, pixels, channels, num_warps); () of what has none. split_k: programs that share a sum.
     """
 
     kernel: str
@@ -64,8 +69,10 @@ def candidates(problem: Problem) -> tuple[Candidate, ...]:
     guess = heuristic(problem)
     if guess is None or (problem.deterministic and problem.op == "scaled_mm" and problem.format != "int"):
         return (guess,) if guess else ()
-    if problem.op in CONVOLUTIONS:  # nothing to tune
-        found = []
+    if problem.op in conv_problems.GRAMMAR:
+        from . import conv_candidates
+
+        found = conv_candidates.competing(problem) if problem.device != "cpu" and problem.op in CONVOLUTIONS else []
     elif problem.op == "quantize_gradient":
         found = [Candidate("tile", tile) for tile in _tiles_of(problem)]
     elif problem.op == "quantize":
@@ -80,9 +87,15 @@ def candidates(problem: Problem) -> tuple[Candidate, ...]:
 def allows(problem: Problem, candidate: Candidate) -> bool:
     """Whether the candidate may be launched for the problem: what an entry of a table is asked in each new problem.
 
-    Of a product on a GPU without a list of all `candidates`, and for any way to split K that leaves no processor waiting.
+    Of a product on a GPU without a list of all `candidates`, and for any way to split K that leaves no processor waiting;
+    of a convolution's wgrad for any that `conv_candidates.splits` has.
     """
     p, (kernel, config, split) = problem, candidate
+    if p.op == "conv_wgrad" and kernel == "implicit" and p.device != "cpu":
+        from . import conv_candidates
+
+        known = heuristic(p) is not None and config in conv_candidates.configs(p)
+        return known and split in conv_candidates.splits(p, config)
     if p.op != "scaled_mm" or p.device == "cpu" or p.force != "auto" or (p.deterministic and p.format != "int"):
         return candidate in candidates(p)
     if no_kernel(p) or p.triton is None or p.dtype == "float64":
@@ -124,8 +137,12 @@ def heuristic(problem: Problem) -> Candidate | None:
         return next(c for c in _quantizations(p) if c.kernel == kernel)
     if p.op == "quantize_gradient":
         return Candidate("tile", _tiles_of(p)[0])
+    if p.op == conv_problems.ARRANGED:
+        return Candidate("torch", ())
     if p.op in CONVOLUTIONS:
-        return None if against_convolution(p) else _convolution(p)
+        from . import conv_candidates
+
+        return None if against_convolution(p) else conv_candidates.heuristic(p)
     return Candidate("portable", INTERPRETER_CONFIG) if interpreted else _product(p)
 
 
@@ -148,6 +165,10 @@ def _configs(op: str, format: str) -> dict[str, frozenset[tuple[int, ...]]]:
                 "tile": frozenset(tiles)}  # fmt: skip
     if op == "quantize_gradient":
         return {"tile": frozenset(tiles)}
+    if op in conv_problems.GRAMMAR:
+        from . import conv_candidates
+
+        return conv_candidates.known(op) if format == "int" else {}
     tables = gemm.CONFIGS if format == "int" else gemm.FP8_CONFIGS
     portable = {INTERPRETER_CONFIG, *(config for table in tables.values() for config in table)}
     if format != "int":
@@ -251,14 +272,15 @@ def _portable(p: Problem) -> list[Candidate]:
 def _portable_configs(p: Problem) -> list[tuple[int, ...]]:
     from fqt_kernels import gemm
 
-    name = _table_of(p)
+    name = table_of(p)
     if p.format == "int" and p.k > gemm.MAX_INT32_TERMS:
         return [gemm.FLUSH_CONFIG[name]]
     table = (gemm.CONFIGS if p.format == "int" else gemm.FP8_CONFIGS)[name]
     return [config for config in table if gemm.fits(config, p.n)]
 
 
-def _table_of(p: Problem) -> str:
+def table_of(p: Problem) -> str:
+    """The name of the table of configurations; of the nearest older GPU, where none is known to suit."""
     return family(p) or {"int": "sm80", "e4m3": "sm89"}[p.format]
 
 
@@ -266,9 +288,9 @@ def _most_splits(p: Problem, config: tuple[int, ...]) -> int:
     """Programs that may share a sum: sums of integers, over free processors only, on NVIDIA."""
     from fqt_kernels.gemm import MAX_INT32_TERMS
 
-    if p.format != "int" or p.k > MAX_INT32_TERMS or _table_of(p) == "amd":
+    if p.format != "int" or p.k > MAX_INT32_TERMS or table_of(p) == "amd":
         return 1
-    return max(min(_MAX_SPLIT, p.processors // max(tiles(p, config), 1), _steps(p, config) // _MIN_SPLIT_STEPS), 1)
+    return max(min(_MAX_SPLIT, p.processors // max(tiles(p, config), 1), steps(p, config) // MIN_SPLIT_STEPS), 1)
 
 
 def _splits(p: Problem, config: tuple[int, ...]) -> list[Candidate]:
@@ -281,18 +303,17 @@ def _splits(p: Problem, config: tuple[int, ...]) -> list[Candidate]:
 
 def tiles(p: Problem, config: tuple[int, ...]) -> int:
     """Of the output."""
-    return -(-p.m // config[0]) * -(-p.n // config[1]) * _count(p, "groups")
+    return -(-p.m // config[0]) * -(-p.n // config[1]) * count(p.kind, "groups")
 
 
-def _steps(p: Problem, config: tuple[int, ...]) -> int:
-    taps = _count(p, "taps")
-    return taps * -(-p.k // (taps * config[2]))
+def steps(p: Problem, config: tuple[int, ...]) -> int:
+    """Blocks of K of a sum."""
+    return taps(p) * -(-p.k // (taps(p) * config[2]))
 
 
-def _count(p: Problem, what: str) -> int:
-    """Of a convolution its "groups" or, where the sum goes over them one after the other, its "taps"."""
-    words = p.kind.split()
-    return int(words[words.index(what) - 1]) if what in words else 1
+def taps(p: Problem) -> int:
+    """Of a convolution, where its sum goes over them one after the other."""
+    return count(p.kind, "taps") if p.op == "conv" else 1
 
 
 def cost(p: Problem, candidate: Candidate) -> float:
@@ -307,7 +328,7 @@ def cost(p: Problem, candidate: Candidate) -> float:
     block_m, block_n, block_k, *_ = config
     waves = -(-tiles(p, config) * split // p.processors)
     speed = max(block_m * block_n / (128 * 256), (block_m + block_n) / (128 + 256))
-    depth = -(-_steps(p, config) // split) * block_k + 256
+    depth = -(-steps(p, config) // split) * block_k + 256
     adding = 16 * block_m * block_n / ((128 + 256) * 128) if split > 1 else 0.0
     return waves * (depth / 128 * speed + adding)
 
@@ -324,43 +345,6 @@ def against_convolution(p: Problem) -> str | None:
     if p.op == "conv" and p.k > MAX_INT32_TERMS:
         return f"a sum of {p.k} products (taps times channels of a group) leaves int32, which holds {MAX_INT32_TERMS}"
     return None
-
-
-def _convolution(p: Problem) -> Candidate:
-    """The configuration of the least `cost`; of wgrad with the number of programs that share a sum."""
-    if p.op == "quantize_images":
-        return Candidate("", ())
-    if p.device == "cpu":
-        config = (128, *INTERPRETER_CONFIG[1:]) if p.op == "conv" else INTERPRETER_CONFIG  # many pixels, few channels
-        return Candidate("", config, _least_splits(p, config))
-    if p.op == "conv":
-        from fqt_kernels import conv
-
-        if p.k // _count(p, "taps") % 16:
-            return Candidate("", conv.UNALIGNED_CONFIG)
-        configs = [config for config in conv.CONFIGS[_table_of(p)] if conv.fits(config, p.n)]
-    else:
-        from fqt_kernels.conv_wgrad import CONFIGS
-
-        configs = CONFIGS[_table_of(p)]
-    found = [Candidate("", config, split) for config in configs for split in _wgrad_splits(p, config)]
-    return min(found, key=lambda candidate: cost(p, candidate))
-
-
-def _least_splits(p: Problem, config: tuple[int, ...]) -> int:
-    """Programs that must share a sum of wgrad: a program's part, whole blocks of K, stays within int32."""
-    from fqt_kernels.gemm import MAX_INT32_TERMS
-
-    return max(-(-_steps(p, config) // (MAX_INT32_TERMS // config[2])), 1) if p.op == "conv_wgrad" else 1
-
-
-def _wgrad_splits(p: Problem, config: tuple[int, ...]) -> range:
-    """Programs that may share a sum of wgrad: two waves of them at most, each with enough blocks of K."""
-    least = _least_splits(p, config)
-    if p.op != "conv_wgrad":
-        return range(least, least + 1)
-    free = 2 * p.processors // max(tiles(p, config), 1)
-    return range(least, max(least, min(free, _steps(p, config) // _MIN_SPLIT_STEPS)) + 1)
 
 
 # ---- quantizations

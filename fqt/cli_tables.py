@@ -125,13 +125,15 @@ def _table_json(file: str, machine: Machine, entries: list[Entry], here: Machine
 
 def _row(entry: Entry) -> tuple[str, ...]:
     """problem, chosen, µs, times bf16's speed, rate, and the next in the ranking with what it loses."""
+    from .conv_problems import count
+    from .tuned import PRODUCTS
     from .tuner_cases import title
 
     key, (m, n, k), (best, *others) = entry.key, entry.exact, entry.ranking
-    product = key.op == "scaled_mm"
-    sizes = "x".join(map(str, (m, n, k) if product else (m, n)))
+    product = key.op in PRODUCTS
+    sizes = "x".join(map(str, (m, n, k) if k else (m, n)))
     name = " ".join(filter(None, (key.op, key.format, key.dtype, key.kind, sizes)))
-    rate = f"{2e-3 * m * n * k / max(best.ns, 1):.0f}" if product else ""
+    rate = f"{2e-3 * m * n * k * count(key.kind, 'groups') / max(best.ns, 1):.0f}" if product else ""
     next_best = f"{title(others[0])} {others[0].ns / max(best.ns, 1):.2f}×" if others else ""
     return name, title(best), us(best.ns), ratio(entry.bf16_ns, max(best.ns, 1)), rate, next_best
 

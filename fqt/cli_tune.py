@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .collect import Collected, Target
 
 # As in `fqt.suites` and `fqt.tuned`, whose imports would cost `fqt --help` nothing, but need not happen for it.
-SUITES = ("llama-8b", "bert-large", "vit-large", "resnet50", "cubes")
+SUITES = ("llama-8b", "bert-large", "vit-large", "resnet50", "cubes", "resnet-50")
 DTYPES = ("bfloat16", "float16", "float32")
 _BAR = 24  # characters
 
@@ -33,7 +33,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     text = "measure every kernel that competes for the shapes you train with, and keep the fastest that is right"
     tune = commands.add_parser("tune", help=text, description=f"{text.capitalize()}.")
     shapes = tune.add_argument_group("shapes (every suite, where none is named)")
-    text = f"the layers of some networks: {', '.join(SUITES)}"
+    text = f"the layers of some networks: {', '.join(SUITES)} (the last: its convolutions, at batch 256)"
     shapes.add_argument("--suite", nargs="+", action="extend", choices=SUITES, metavar="SUITE", help=text)
     shapes.add_argument("--shapes", metavar="FILE", help='JSON: [{"name": "mlp", "m": 8192, "n": 28672, "k": 4096}, …]')
     text = "a function that returns (model, inputs) or (model, step); one step is run on tensors without data"
@@ -129,16 +129,17 @@ def _collect(args: argparse.Namespace, target: Target) -> Collected:
     from . import collect, suites
 
     asked = args.suite or ([] if args.shapes or args.model else SUITES)
-    layers = suites.layers(dict.fromkeys(asked)) + (collect.read_shapes(args.shapes) if args.shapes else [])
-    recipes = list(dict.fromkeys(args.recipe or ["int8"]))
+    asked, recipes = dict.fromkeys(asked), list(dict.fromkeys(args.recipe or ["int8"]))
+    layers = collect.read_shapes(args.shapes) if args.shapes else []
     try:
-        met = list(collect.of_layers(layers, target, recipes, args.dtype).items())
+        met = list(suites.problems(asked, target, recipes, args.dtype).items())
+        met += collect.of_layers(layers, target, recipes, args.dtype).items()
     except ValueError as e:
         raise UsageError(f"--recipe: {e}") from e
     collected = collect.of_model(args.model, target, args.recipe) if args.model else collect.Collected({})
     collected.problems = collect.by_key([*met, *collected.problems.items()])
     if not collected.problems:
-        raise UsageError(f"nothing to tune: recipe {' '.join(recipes)} has no quantized products")
+        raise UsageError(f"nothing to tune: recipe {' '.join(recipes)} has no quantized products of these layers")
     return collected
 
 

@@ -32,13 +32,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import collect_conv, conv_ops, conv_products, dispatch, gradients, ops, products, reference, tuned
+from . import collect_conv, conv_ops, conv_problems, conv_products, dispatch, gradients, ops, products, reference, tuned
 from .cli import UsageError
 from .convert import quantize_
 from .dispatch import Choice, Problem
 from .layer import QuantizedLayer
 from .recipe import Recipe
-from .suites import Layer
+from .suites import Convolution, Layer
 
 Met = dict[Problem, int]  # one problem of each key of a tuned table, and how often such were met
 
@@ -86,10 +86,10 @@ def recording(target: Target) -> Iterator[Counter[Problem]]:
     def choose(op: str, device: Any, m: int, n: int, k: int = 0, dtype: torch.dtype | None = None, **more) -> Choice:
         if m and n and (k or op != "scaled_mm") and op in tuned.OPS:
             met[target.problem(op, m, n, k, dtype, **more)] += 1
-        return Choice("triton", (), "recorded", "portable" if op == "scaled_mm" else "tile")
+        return Choice("triton", (), "recorded", _kernel(target, op, m, n, k, dtype, **more))
 
     with _replaced(
-        *((asking, "choose", choose) for asking in (products, gradients, conv_products)), *collect_conv.fakes(),
+        *((asking, "choose", choose) for asking in (products, gradients, conv_products)), *collect_conv.fakes(choose),
         (gemm, "scaled_mm", _scaled_mm), (quantize, "quantize", _quantize),
         (gradient, "quantize_gradient", _quantize_gradient), (gradient, "statistics", _statistics),
         (statistics, "row_stats", lambda x, *_: x.new_empty(2, 1, x.shape[0])),
@@ -99,6 +99,13 @@ def recording(target: Target) -> Iterator[Counter[Problem]]:
         (reference, "mm", torch.matmul),  # without the autocast of a device, which "meta" has none of
     ):  # fmt: skip
         yield met
+
+
+def _kernel(target: Target, op: str, *sizes: Any, plain: bool = True, **more: Any) -> str:
+    """What is launched in place of a kernel: of a convolution's product the path that the heuristic takes."""
+    if op not in conv_problems.PRODUCTS:
+        return "portable" if op == "scaled_mm" else "tile"
+    return conv_problems.path_of(replace(target.problem(op, *sizes, **more), plain=plain))
 
 
 @contextlib.contextmanager
@@ -196,14 +203,35 @@ def of_layers(
     Raises:
         ValueError: an unknown recipe or dtype.
     """
-    if dtype not in tuned.DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(tuned.DTYPES)}, got {dtype!r}")
-    parsed = [Recipe.parse(recipe) for recipe in recipes]
+    parsed = _parsed(recipes, dtype)
     with recording(target) as met:
         for layer in layers:
-            for recipe in (r for r in parsed if not r.is_exact):
+            for recipe in parsed:
                 _train(layer, recipe, getattr(torch, dtype))
     return by_key(met.items())
+
+
+def of_convolutions(
+    convolutions: Iterable[Convolution], target: Target, recipes: Iterable[str] = ("int8",), dtype: str = "bfloat16"
+) -> Met:
+    """The problems of a training step of convolutions without bias, in channels_last memory, under each recipe that
+    convolutions can have: see `of_layers`."""
+    parsed = [recipe for recipe in _parsed(recipes, dtype) if conv_ops.reason_against(recipe) is None]
+    found: Counter[Problem] = Counter()
+    for of in convolutions:
+        for recipe in parsed:
+            with recording(target) as met:
+                collect_conv.train(of, recipe, getattr(torch, dtype), _code)
+            for problem, times in met.items():
+                found[problem] += times * of.count
+    return by_key(found.items())
+
+
+def _parsed(recipes: Iterable[str], dtype: str) -> list[Recipe]:
+    """Those that quantize anything."""
+    if dtype not in tuned.DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(tuned.DTYPES)}, got {dtype!r}")
+    return [recipe for recipe in map(Recipe.parse, recipes) if not recipe.is_exact]
 
 
 def _train(layer: Layer, recipe: Recipe, dtype: torch.dtype) -> None:

@@ -6,7 +6,8 @@ three products, of N images, P output pixels each, C channels in, O out, T taps.
 Each takes 2·N·P·O·T·C/groups operations at the rate of its path, or reads its operands and writes its result, whichever is
 longer. An image is read once by a product, however many taps look at it. Besides, quantization moves the bytes of `traffic`.
 dX is taken to be needed, W to be quantized once in a step. A prediction is no measurement: none of these constants is
-measured, and it says where the ceilings come from.
+measured, and it says where the ceilings come from. Where every operator of a layer was tuned on the GPU, `tuned_convolution`
+adds up the times that tuning took instead, cuDNN's beside, and says "tuned".
 
 Importing this module imports neither torch nor Triton.
 """
@@ -15,7 +16,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
+from . import conv_problems
+from .conv_problems import ALIGNMENT, MAX_INT32_TERMS, Call
 from .cost import (
     ELEMENT,
     Ceilings,
@@ -28,11 +32,15 @@ from .cost import (
     _pass,
     _quantization,
     _rate,
+    _tuned_ms,
     linear,
     product,
 )
 from .dispatch import Choice, Problem, select, triton_version
 from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from .tuned import Table
 
 # Assumptions.
 IMPLICIT = 0.65  # the share of a matrix product's rate that an implicit GEMM reaches, cuDNN's and fqt's alike
@@ -40,15 +48,14 @@ CUDNN_CHANNELS = 8  # to whose multiples cuDNN pads the channels of a convolutio
 # Bytes an element of the windows costs where they are written out in floating point: stacked, and put in order (read and
 # written); backward, their gradient put in order, and, tap by tap, put into zeros (written twice, read) and added (2 + 1).
 WINDOWS = 3 * ELEMENT, 8 * ELEMENT
-_MAX_INT32_TERMS = 131_071  # of `fqt.reference`, which imports torch
-_ALIGNMENT = 16  # of `fqt.conv`
 
 
 @dataclass(frozen=True)
 class Shape:
     """A convolution of so many images. pixels: of an input image; out_pixels: of an output; taps: of the kernel.
 
-    path: of `conv_products.PATHS`.   windows: im2col of values, not of codes, in forward and backward.
+    path: of `conv_products.PATHS`.   windows: im2col of values, not of codes, in forward and backward.   geometry: its
+    `fqt.conv.Geometry` where it is known and has one (in two dimensions at most, without windows).
     """
 
     images: int
@@ -60,6 +67,29 @@ class Shape:
     groups: int = 1
     path: str = "implicit GEMM"
     windows: bool = False
+    geometry: Any = None
+
+    def call(self, name: str, channels_last: bool = True) -> Call:
+        """What dispatch is asked about a product, "fprop", "dgrad" or "wgrad". The geometry must be known."""
+        s, g = self, self.geometry
+        c, o = s.channels // s.groups, s.out_channels // s.groups
+        if name == "wgrad":
+            stored = conv_problems.padded(s.images) if s.images >= ALIGNMENT else s.images
+            return conv_problems.wgrad(g, s.images, o, c, stored)
+        rows, terms = (s.channels, o) if name == "dgrad" else (s.out_channels, c)
+        # Few channels of X have no padding, those of dY always have.
+        is_padded = s.groups == 1 and (name == "dgrad" or terms >= ALIGNMENT)
+        stored = conv_problems.padded(terms) if is_padded else terms
+        return conv_problems.product(g, s.images, rows, terms, stored, name == "dgrad", channels_last)
+
+    def quantization(self, what: str, channels_last: bool, *words: str) -> Call:
+        """That of "X" or "dY" with (granularity, rounding, layout), or both of dY with the granularities of both."""
+        s, of_x = self, what == "X"
+        c, p = (s.channels, s.pixels) if of_x else (s.out_channels, s.out_pixels)
+        is_padded = s.groups == 1 and (c >= ALIGNMENT or not of_x) and words[-1] != "cols"
+        stored = conv_problems.padded(c) if is_padded else c
+        call = conv_problems.quantization if len(words) == 3 else conv_problems.gradient
+        return call(s.images, c, p, stored, p > 1 and (c == 1 or not channels_last), *words)
 
     @property
     def products(self) -> dict[str, tuple[int, int, int]]:
@@ -108,6 +138,58 @@ def convolution(shape: Shape, recipe: Recipe, ceilings: Ceilings) -> Prediction:
     return Prediction(products, tuple(passes), "int8", ceilings.source)
 
 
+def tuned_convolution(
+    shape: Shape, recipe: Recipe, table: Table, dtype: str = "bfloat16", channels_last: bool = True, **gpu
+) -> Prediction:
+    """`convolution` of the times in a tuned table, each scaled by the work to this very size; X, W and dY of `dtype`.
+
+    gpu: device, arch, processors and triton of the `dispatch.Problem`. Where only a step without dX was tuned, that of a
+    network's first layer, it is that. What no operator is asked for is left out: a copy of dW where W is in channels_last
+    memory, and the scales that a product of matrices takes for each pixel.
+
+    Raises:
+        NotModelled: an operator that the table does not have, or a layer or recipe that tuning does not cover.
+    """
+    s, problems = shape, operators(shape, recipe, dtype, channels_last, **gpu)
+    if table.exact(problems["dgrad"]) is None:
+        problems = operators(shape, recipe, dtype, channels_last, first=True, **gpu)
+    ms = {name: _tuned_ms(name, problem, table) for name, problem in problems.items()}
+    done = {name: size for name, size in s.products.items() if name in ms}
+    if missing := [name for name in done if not ms[name][0]]:
+        raise NotModelled(f"{missing[0]} was not tuned beside bf16")
+    ms["W"] = 0.0, ms["W"][1] + ms.pop("arranging W")[1]
+    products = tuple(Product(name, size, *ms[name]) for name, size in done.items())
+    passes = tuple(Pass(name, s.elements[name], size, ms[name][1]) for name, (size, _) in traffic(recipe).items())
+    return Prediction(products, passes, "int8", "tuned")
+
+
+def operators(
+    s: Shape, recipe: Recipe, dtype: str, channels_last: bool, *, first: bool = False, **gpu
+) -> dict[str, Problem]:
+    """What a training step of a layer asks dispatch for, by the names of `Prediction`'s parts; and "arranging W".
+
+    channels_last: of the memory of X, Y and their gradients.   first: dX is not needed. Raises NotModelled.
+    """
+    quantizers = (recipe.x, recipe.w, recipe.dgrad, recipe.wgrad)
+    if s.geometry is None:
+        raise NotModelled("convolutions that write their windows out are not tuned")
+    if None in quantizers or any(q.householder for q in quantizers):
+        raise NotModelled(f"recipe {recipe} does more than tuned kernels do")
+    if {recipe.dgrad.rounding, recipe.wgrad.rounding} != {"stochastic"}:
+        raise NotModelled(f"recipe {recipe} does not quantize dY by the kernel that tuning measures")
+    if any(q.zero != "symmetric" for q in quantizers):
+        raise NotModelled(f"recipe {recipe} has offsets, whose terms tuning does not measure")
+    o, x, h = s.out_channels, recipe.x, recipe.wgrad
+    calls = {name: s.call(name, channels_last) for name in s.products if not (first and name == "dgrad")}
+    calls["X"] = s.quantization("X", channels_last, x.granularity, x.rounding, "both")
+    of_dy = (h.granularity, h.rounding, "cols") if first else (recipe.dgrad.granularity, h.granularity)
+    calls["dY"] = s.quantization("dY", channels_last, *of_dy)
+    calls["arranging W"] = conv_problems.arranged(o, s.channels // s.groups, s.taps, s.groups)
+    found = {name: Problem(call.op, *call.sizes, dtype=dtype, **call.more, **gpu) for name, call in calls.items()}
+    kind = f"{recipe.w.granularity} {recipe.w.rounding} rows"
+    return found | {"W": Problem("quantize", o, s.elements["W"] // o, dtype=dtype, kind=kind, **gpu)}
+
+
 def traffic(recipe: Recipe) -> dict[str, tuple[int, int]]:
     """(bytes per element, kernels) of quantizing X, W and dY, and of dX's inverse transform.
 
@@ -132,9 +214,11 @@ def traffic(recipe: Recipe) -> dict[str, tuple[int, int]]:
 
 
 def why_slower(prediction: Prediction) -> str:
-    """What a layer that is predicted to lose spends its time on."""
+    """What a layer that is predicted to lose, or was measured to, spends its time on."""
     p = prediction
     products, passes = sum(q.ms for q in p.products), sum(q.ms for q in p.passes)
+    if p.source == "tuned":
+        return f"{p.codes} products take {products:.3g} ms, quantizing {passes:.3g} ms"
     if products >= p.bf16_ms:
         return (
             f"its products alone take {products:.3g} ms in {p.codes}: too narrow, or too small groups, for full tiles"
@@ -150,10 +234,10 @@ def _product(name: str, s: Shape, rate: float, ceilings: Ceilings) -> Product:
     share = 1.0 if s.path == "1x1 GEMM" else IMPLICIT
     bf16 = 2e-9 * s.multiplications * _padding(s) / (ceilings.bf16_tflops * share * (waves if s.groups == 1 else 1.0))
     bf16_ms = max(bf16, _memory_ms(ELEMENT * (first + second + result), ceilings)) + _launch_ms(1, ceilings)
-    if s.path == "1x1 GEMM" and (name != "wgrad" or k <= _MAX_INT32_TERMS):  # more terms: the kernel of convolutions
+    if s.path == "1x1 GEMM" and (name != "wgrad" or k <= MAX_INT32_TERMS):  # more terms: the kernel of convolutions
         ms = product(name, size, rate, ceilings).ms
     elif s.path == "im2col" and name == "fprop":
-        ms = product(name, (m, n, _up(k, _ALIGNMENT)), rate, ceilings).ms
+        ms = product(name, (m, n, conv_problems.padded(k)), rate, ceilings).ms
     else:
         computing = 2e-9 * s.multiplications * rounded / (rate * IMPLICIT * full)
         ms = max(computing, _memory_ms(first + second + ELEMENT * result, ceilings))
@@ -193,16 +277,19 @@ def choose(name: str, s: Shape, arch: str, processors: int) -> Choice:
 
 
 def kind(name: str, s: Shape) -> str:
-    """`dispatch.Problem.kind` of a product."""
-    counts = {"groups": s.groups, "taps": s.taps if name != "wgrad" else 1}
-    return " ".join(f"{count} {what}" for what, count in counts.items() if count > 1)
+    """`dispatch.Problem.kind` of a product, of one without stride and dilation where the geometry is not known."""
+    if s.geometry is not None:
+        return s.call(name).kind
+    words = [f"{count} {what}" for what, count in (("groups", s.groups), ("taps", s.taps)) if count > 1]
+    few = conv_problems.few(s.images) if name == "wgrad" else ""
+    return " ".join(filter(None, ["dgrad" * (name == "dgrad"), *words, few]))
 
 
 def _codes_of_windows(s: Shape, ceilings: Ceilings) -> Pass:
     """im2col of codes: written, and read and written again where a row is padded."""
     terms = s.taps * s.channels
-    elements = s.images * s.out_pixels * _up(terms, _ALIGNMENT)
-    return _pass("im2col", elements, 1 if terms % _ALIGNMENT == 0 else 3, 2, ceilings)
+    elements = s.images * s.out_pixels * conv_problems.padded(terms)
+    return _pass("im2col", elements, 1 if terms % ALIGNMENT == 0 else 3, 2, ceilings)
 
 
 def _of_windows(s: Shape, recipe: Recipe, ceilings: Ceilings) -> Prediction:

@@ -3,33 +3,35 @@ made of. `fqt.conv` is the definition.
 
 On the kernels a product takes one of three ways. Without stride, padding and groups a 1x1 convolution is the product of two
 matrices ("1x1 GEMM"), with all kernels that linear layers have. Where an image has few channels, whose codes would leave
-most of a tensor core idle, fprop writes the codes under each window out ("im2col"). All else is an implicit GEMM.
+most of a tensor core idle, fprop writes the codes under each window out ("im2col"). All else is an implicit GEMM, and so are
+those two where dispatch has measured that to be faster.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import conv, gradients, products, telemetry
+from . import conv, conv_problems, gradients, products, telemetry
 from .conv import ALIGNMENT, Filters, Geometry, Images, border, padded
+from .conv_problems import Call
 from .dispatch import Choice, choose
 from .gradients import DGRAD, WGRAD, Transformed
 from .householder import Householder
 from .products import device_guard, zero
 from .qtensor import Operand, QTensor
 from .recipe import Quantizer, Recipe
-from .reference import MAX_INT32_TERMS
 
-PATHS = ("implicit GEMM", "1x1 GEMM", "im2col")
+PATHS = tuple(conv_problems.PATHS.values())
 
 
 def path(geometry: Geometry, channels: int) -> str:
-    """How the kernels compute fprop of images with so many channels, one of PATHS; dgrad and wgrad have no im2col."""
-    if geometry.is_pointwise:
-        return "1x1 GEMM"
-    return "im2col" if geometry.groups == 1 and channels < ALIGNMENT else "implicit GEMM"
+    """How the kernels compute fprop of images with so many channels where nothing was measured, one of PATHS; dgrad and
+    wgrad have no im2col."""
+    return conv_problems.PATHS[conv_problems.path(geometry, channels)]
 
 
 def channels_of_x(c: int, groups: int) -> int:
@@ -62,13 +64,15 @@ def quantized(
     """`fqt.conv.quantize` of images (N, C, pixels), by the kernels where dispatch chooses them."""
     random = rng if quantizer.rounding == "stochastic" else None
     layout = dict(groups=groups, channels=channels, multiplier=multiplier, rows=rows, cols=cols, sums=sums)
-    if _on_kernels("quantize_images", x):
+    layouts = "both" if rows and cols else "cols" if cols else "rows"
+    choice = _chosen(x, channels, conv_problems.quantization, quantizer.granularity, quantizer.rounding, layouts)
+    if choice.backend == "triton":
         from fqt_kernels.conv_quantize import quantize_images
 
         with device_guard(x):
             return Images(
                 *quantize_images(x, bits=quantizer.bits, granularity=quantizer.granularity, zero=zero(quantizer),
-                                 rng=random, stream=stream + 256 * rank, **layout)
+                                 rng=random, stream=stream + 256 * rank, tile=choice.config or None, **layout)
             )  # fmt: skip
     return conv.quantize(x, quantizer, rng=random, stream=stream, rank=rank, **layout)
 
@@ -84,7 +88,9 @@ def quantized_gradient(
     g, h = recipe.dgrad, recipe.wgrad
     if g is None or h is None or g.householder or {g.rounding, h.rounding} != {"stochastic"}:
         return None
-    if not _on_kernels("quantize_images", dy):
+    channels = channels_of_dy(dy.shape[1], geometry.groups)
+    choice = _chosen(dy, channels, conv_problems.gradient, g.granularity, h.granularity)
+    if choice.backend != "triton":
         return None
     from fqt_kernels.conv_quantize import quantize_gradient_images
     from fqt_kernels.gradient import Side
@@ -94,26 +100,23 @@ def quantized_gradient(
             dy, *(Side(z.bits, z.granularity, zero(z)) for z in (g, h)),
             row_mul=x_scale if _folded(recipe.x) else None, col_mul=w_scale if _folded(recipe.w) else None, rng=rng,
             streams=(DGRAD + 256 * rank, WGRAD + 256 * rank), groups=geometry.groups,
-            channels=channels_of_dy(dy.shape[1], geometry.groups), sums=sums, bias=bias,
+            channels=channels, sums=sums, bias=bias, tile=choice.config or None,
         )  # fmt: skip
     return Images(rows[0], None, *rows[1:]), Images(None, *cols[:3]), total
 
 
-def _on_kernels(op: str, x: Tensor) -> bool:
+def _chosen(x: Tensor, channels: int, call: Callable[..., Call], *words: str) -> Choice:
+    """How images (N, C, pixels) are quantized, with so many channels of codes; by the reference where there are none."""
     if x.numel() == 0:
-        return False
-    n, c, p = x.shape
-    return choose(op, x.device, n * p, c, dtype=x.dtype).backend == "triton"
+        return Choice("reference", None, "no images")
+    last = conv_problems.has_pixels_last(x.shape, x.stride())
+    asked = call(*x.shape, max(channels, x.shape[1]), last, *words)
+    return choose(asked.op, x.device, *asked.sizes, x.dtype, **asked.more)
 
 
 def _folded(quantizer: Quantizer) -> bool:
     """Whether the scales of X or W lie on an index that a gradient product contracts, so that they are folded into dY."""
     return quantizer.granularity == "per_row"
-
-
-def _kind(geometry: Geometry, taps: int = 1) -> str:
-    """`dispatch.Problem.kind` of a product of a convolution."""
-    return " ".join(f"{count} {what}" for count, what in ((geometry.groups, "groups"), (taps, "taps")) if count > 1)
 
 
 # ---- fprop and dgrad
@@ -128,23 +131,27 @@ def product(
     *,
     transposed: bool = False,
     channels_last: bool = True,
+    choice: Choice | None = None,
 ) -> Tensor:
-    """`fqt.conv.product`, (N, rows of b, height, width) in out_dtype, in channels_last or contiguous memory."""
-    g, n, channels, rows = geometry, len(a.rows), b.channels * geometry.groups, len(b.q)
+    """`fqt.conv.product`, (N, rows of b, height, width) in out_dtype, in channels_last or contiguous memory.
+
+    choice: how; None: as dispatch says.
+    """
+    g, n, rows = geometry, len(a.rows), len(b.q)
     size = g.size if transposed else g.out
-    pixels = size[0] * size[1]
-    if n * rows * pixels == 0:
+    if n * rows * size[0] * size[1] == 0:
         return _formatted(a.scale.new_empty(n, rows, *size, dtype=out_dtype), channels_last)
-    terms = g.taps * b.q.shape[2]
-    choice = choose("conv", a.rows.device, n * pixels, rows // g.groups, terms, a.scale.dtype, kind=_kind(g, g.taps))
+    if choice is None:
+        asked = conv_problems.product(g, n, rows, b.channels, b.q.shape[2], transposed, channels_last)
+        choice = choose(asked.op, a.rows.device, *asked.sizes, a.scale.dtype, **asked.more)
     if choice.backend == "reference":
         out = conv.product(a, b, geometry, bias, transposed=transposed)
         return _formatted(out.to(out_dtype).unflatten(2, size), channels_last)
-    if g.is_pointwise:
+    if choice.kernel == "pointwise":
         if None not in (a.offset, b.offset):  # padding would count as terms
             a, b = a._replace(rows=a.rows[..., : b.channels]), b._replace(q=b.q[..., : b.channels])
         return _matrix_product(a, b.q[:, 0], b, bias, out_dtype, size, channels_last)
-    if not transposed and path(g, channels) == "im2col":
+    if choice.kernel == "im2col":
         return _im2col_product(a, b, g, bias, out_dtype, channels_last)
     return _implicit_product(a, b, g, g, bias, out_dtype, transposed, channels_last, choice)
 
@@ -197,8 +204,9 @@ def _im2col_product(
         return _matrix_product(images, filters, b, bias, out_dtype, g.out, channels_last)
     b = b._replace(q=filters[:, None], channels=b.channels)
     flat = Geometry(g.out, g.out, (1, 1))
-    n, pixels, k = images.rows.shape
-    choice = choose("conv", filters.device, n * pixels, len(filters), k, a.scale.dtype)
+    n, _, k = images.rows.shape
+    asked = conv_problems.product(flat, n, len(filters), k, k, False, channels_last)
+    choice = choose(asked.op, filters.device, *asked.sizes, a.scale.dtype, plain=False, **asked.more)
     return _implicit_product(images, b, flat, g, bias, out_dtype, False, channels_last, choice)
 
 
@@ -341,7 +349,7 @@ def weight_gradient(
         offset = None if h.offset is None else h.offset[None]
         codes = QTensor(h.cols[..., :n].permute(2, 1, 0).reshape(n * p, o), None, h.scale[None], offset)
         telemetry.record("wgrad", rng, dy.transpose(1, 2).reshape(n * p, o), by_pixel, recipe.wgrad, codes)
-    return _weight_product(h, x, x_scale, geometry, n, out_dtype, out)
+    return weight_product(h, x, x_scale, geometry, n, out_dtype, out)
 
 
 def _exact_weight_gradient(dy: Tensor, x: Images, geometry: Geometry) -> Tensor:
@@ -357,21 +365,30 @@ def _exact_weight_gradient(dy: Tensor, x: Images, geometry: Geometry) -> Tensor:
     return torch.nn.grad.conv2d_weight(images, shape, gradient, stride=g.stride, dilation=g.dilation, groups=g.groups)
 
 
-def _weight_product(
-    h: Images, x: Images, x_scale: Tensor | None, geometry: Geometry, n: int, out_dtype: torch.dtype, out: Tensor | None
+def weight_product(
+    h: Images,
+    x: Images,
+    x_scale: Tensor | None,
+    geometry: Geometry,
+    n: int,
+    out_dtype: torch.dtype,
+    out: Tensor | None = None,
+    choice: Choice | None = None,
 ) -> Tensor:
-    """`fqt.conv.wgrad`, by the kernel that dispatch chooses, (O, C/groups, R, S); added to out if that is given."""
+    """`fqt.conv.wgrad` of n images, (O, C/groups, R, S) in out_dtype; added to out if that is given.
+
+    choice: how; None: as dispatch says.
+    """
     g, (o, p, k), channels = geometry, h.cols.shape, len(x.cols) // geometry.groups
-    shape, choice = (o, channels, *g.kernel), None
-    if n:
-        sizes = o // g.groups, channels * g.taps, p * k
-        choice = choose("conv_wgrad", h.cols.device, *sizes, h.scale.dtype, kind=_kind(g))
+    shape, affine = (o, channels, *g.kernel), h.offset is not None or x.offset is not None
+    if choice is None and n:
+        asked = conv_problems.wgrad(g, n, o // g.groups, channels, k)
+        plain = (out is None or out.is_contiguous()) and (k == n or not affine)  # that a product of matrices can
+        choice = choose(asked.op, h.cols.device, *asked.sizes, h.scale.dtype, plain=plain, **asked.more)
     if choice is None or choice.backend == "reference":
         dw = conv.wgrad(h, x, x_scale, geometry, n).view(shape)
         return dw.to(out_dtype) if out is None else out.copy_(out.to(dw.dtype) + dw)
-    affine = h.offset is not None or x.offset is not None
-    plain = out is None or out.is_contiguous()
-    if g.is_pointwise and plain and p * k <= MAX_INT32_TERMS and (k == n or not affine):
+    if choice.kernel == "pointwise":
         sums = [t.cols.sum((1, 2), dtype=torch.int32) if affine else None for t in (h, x)]
         left = Operand(h.cols.view(o, p * k), h.scale, h.offset, sums[0])
         right = Operand(x.cols.view(channels, p * k), x_scale, x.offset, sums[1])

@@ -30,7 +30,7 @@ class LayerReport:
 
     shape: (out, in), of a convolution (out, in / groups, *kernel). status: "converted", "switched" (had another recipe),
     "unchanged" (had this recipe), "skipped". kernel: "triton" or, of a convolution, "implicit GEMM", "1x1 GEMM" or "im2col"
-    (of fprop); "reference" where no kernel runs, "torch" in full precision. speedup is the
+    (of fprop, as tuned); "reference" where no kernel runs, "torch" in full precision. speedup is the
     predicted ratio over bf16 of forward and backward (`fqt.cost`, `fqt.conv_cost`), None where there is no prediction;
     speedup_source is where the prediction's ceilings come from, "measured" or "datasheet", "tuned" where the operators
     themselves were timed, or why there is none.
@@ -117,10 +117,11 @@ def quantize_(
             decides, and a layer that none matches is left alone.
         filter_fn: called with (module, qualified name); False leaves the layer as it is.
         strict: raise where nothing was quantized, or a pattern matched no layer.
-        only_if_faster: leave a layer as it is where `fqt.cost` predicts bf16 to be faster on the GPU that it is on. Where
-            there is no prediction (no GPU yet, an unknown one, gradients in full precision, a convolution without
-            example_input) strict raises; else the layer is quantized, and the report says so. Layers left alone for their
-            speed are no failure, even if they are all.
+        only_if_faster: leave a layer as it is where bf16 was measured to be faster on the GPU that it is on (`fqt tune`);
+            where not all of its operators were measured, where `fqt.cost` predicts that. Where there is no prediction
+            either (no GPU yet, an unknown one, gradients in full precision, a convolution without example_input) strict
+            raises; else the layer is quantized, and the report says so. Layers left alone for their speed are no failure,
+            even if they are all.
         rows: samples (rows of the flattened input) of linear layers in a forward pass, for the predictions; tokens × batch
             of a transformer. Not of layers that the run on example_input reaches, whose samples are then known.
         fuse_grad_accumulation: whether the kernels add to weight gradients that exist already (see `fqt.nn.Linear`); None

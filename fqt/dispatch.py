@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from . import candidates
+from . import candidates, conv_problems
 from .candidates import Candidate
 from .tuned import EMPTY, OPS, Entry, Table, Timing
 
@@ -44,18 +44,23 @@ class Problem:
 
     op: "quantize" (an (m, n) matrix), "quantize_gradient" (two quantizations of one), "householder" (its transform and
     quantization, of which there is nothing to tune), "psgd" (an optimizer's step of all parameters of a dtype; nor of this),
-    "scaled_mm" ((m, k) times (n, k) transposed), or of a convolution, nor of these: "conv" (fprop or dgrad: m pixels of all
-    images' outputs, n channels of theirs in a group, sums of k = taps times channels of a group), "conv_wgrad" (m output
-    channels of a group, n = input channels of a group times taps, sums over k = output pixels of all images) and
-    "quantize_images" (m pixels of n channels). dtype: of the unquantized input, or of the parameters.
+    "scaled_mm" ((m, k) times (n, k) transposed), or of a convolution: "conv" (fprop or dgrad: m pixels of all images'
+    outputs, n channels of theirs in a group, sums of k = taps times channels of a group), "conv_wgrad" (m output channels
+    of a group, n = input channels of a group times taps, sums over k = output pixels of all images), "quantize_images" (m
+    pixels of n channels) and "quantize_gradient_images" (two quantizations of one); "arrange_filters" (codes of m filters,
+    n channels of a group and k taps, put in order by torch) is only timed. dtype: of the unquantized input, or of the
+    parameters.
     format: of the codes, "int" or "e4m3". arch: "sm90", "gfx942", "" without a GPU. processors:
     streaming multiprocessors or compute units. triton: its version, None where it is not installed. force: what the user
-    asked for by `fqt.backend`. plain: the product is neither added to an existing output nor are its row maxima wanted.
+    asked for by `fqt.backend`. plain: the product is neither added to an existing output nor are its row maxima wanted; that
+    of a convolution may be computed as one of matrices where its geometry is that.
     kind: of a quantization, what else its speed depends on: words with blanks between, granularity, rounding, layout
     ("rows", "cols" or "both"), "strided" where x is not contiguous, "stats" where its ranges are given; of
-    "quantize_gradient" both granularities; of "householder" how groups are formed; of "conv" and "conv_wgrad" "32 groups",
-    "9 taps", where there is more than one (taps of "conv" only). deterministic:
-    `torch.use_deterministic_algorithms` is on.
+    "quantize_gradient" both granularities; of "householder" how groups are formed; of "conv" and "conv_wgrad" "dgrad", "32
+    groups", "9 taps", "2x2 stride", "2x2 dilation", where there is more than one, and "contiguous" where the output is not
+    in channels_last memory; of images "pixels_last" where neighbours in memory are pixels, and where there are fewer than
+    16 "8 images" (of wgrad too); see `conv_problems.GRAMMAR`. deterministic: `torch.use_deterministic_algorithms` is on.
+    geometry: of a convolution's operator, all that its inputs follow from (see `conv_problems`); in no key of a table.
     """
 
     op: str
@@ -72,6 +77,7 @@ class Problem:
     plain: bool = True
     kind: str = ""
     deterministic: bool = False
+    geometry: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -158,9 +164,9 @@ def _on_cpu(p: Problem) -> Choice:
         return Choice("reference", None, "CPU tensors")
     if p.triton is None:
         raise RuntimeError("fqt.backend('triton'): Triton is not installed")
-    if p.op in ("conv", "conv_wgrad"):
-        _, config, split = candidates.heuristic(p)
-        return Choice("triton", config, "asked for, in the interpreter", split_k=split)
+    if p.op in conv_problems.PRODUCTS:
+        kernel, config, split = candidates.heuristic(p)
+        return Choice("triton", config, "asked for, in the interpreter", kernel, split)
     if p.op != "scaled_mm":
         return Choice("triton", None, "asked for, in the interpreter")
     return Choice("triton", candidates.INTERPRETER_CONFIG, "asked for, in the interpreter", "portable")
@@ -196,9 +202,10 @@ def _guessed(p: Problem) -> Choice:
         return Choice("triton", None, "grouping, transform and rounding on the device")
     if p.op == "psgd":
         return Choice("triton", None, "one launch for all parameters")
-    if p.op in ("conv", "conv_wgrad"):
-        _, config, split = candidates.heuristic(p)
-        return Choice("triton", config, f"implicit GEMM, {_sharing(p, config, split)}", "", split, source="heuristic")
+    if p.op in conv_problems.PRODUCTS:
+        kernel, config, split = candidates.heuristic(p)
+        reason = conv_problems.PATHS[kernel] + (f", {_sharing(p, config, split)}" if kernel == "implicit" else "")
+        return Choice("triton", config or None, reason, kernel, split, source="heuristic")
     if p.op != "scaled_mm":
         return Choice("triton", None, "fused statistics and rounding", source="heuristic")
     from fqt_kernels.gemm import MAX_INT32_TERMS
@@ -218,7 +225,7 @@ def _sharing(p: Problem, config: tuple[int, ...], split: int) -> str:
 
 def _remarked(p: Problem, choice: Choice) -> Choice:
     """With what the user should know of the portable kernels."""
-    if choice.kernel != "portable" and p.op not in ("conv", "conv_wgrad"):
+    if choice.kernel not in ("portable", "implicit"):
         return choice
     reason, slow = choice.reason, False
     if p.force == "hopper" and p.op == "scaled_mm":
@@ -245,13 +252,14 @@ def choose(
     format: str = "int",
     plain: bool = True,
     kind: str = "",
+    geometry: tuple[int, ...] = (),
 ) -> Choice:
     """What an operator launches: `select` of its `problem`, by the tuned table of the device.
 
     Where `fqt.tuning.enable()` asked for it, a problem of a GPU that has no entry of its own is tuned first; but never while
     a CUDA graph is captured or a program is traced.
     """
-    call = (op, device, m, n, k, dtype, format, plain, kind, _forced, _is_deterministic())
+    call = (op, device, m, n, k, dtype, format, plain, kind, _forced, _is_deterministic(), geometry)
     if device.type != "cuda":
         return _chosen(EMPTY, *call)
     tuning = _tuning()
@@ -269,7 +277,7 @@ def choose_untuned(
     op: str, device: torch.device, m: int, n: int, k: int, dtype: torch.dtype | None = None, *, format: str = "int"
 ) -> Choice:
     """`choose` without a table, hence without a look at one."""
-    return _chosen(EMPTY, op, device, m, n, k, dtype, format, True, "", _forced, _is_deterministic())
+    return _chosen(EMPTY, op, device, m, n, k, dtype, format, True, "", _forced, _is_deterministic(), ())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -328,15 +336,16 @@ def problem(
     format: str = "int",
     plain: bool = True,
     kind: str = "",
+    geometry: tuple[int, ...] = (),
 ) -> Problem:
     """The problem of calling `op` on tensors of a device, under the current `backend` and torch's demand of determinism."""
-    return _problem(op, device, m, n, k, dtype, format, plain, kind, _forced, _is_deterministic())
+    return _problem(op, device, m, n, k, dtype, format, plain, kind, _forced, _is_deterministic(), geometry)
 
 
-def _problem(op, device, m, n, k, dtype, format, plain, kind, force, deterministic) -> Problem:
+def _problem(op, device, m, n, k, dtype, format, plain, kind, force, deterministic, geometry) -> Problem:
     arch, processors = device_info(str(device)) if device.type == "cuda" else ("", 1)
     name = "float32" if dtype is None else str(dtype).removeprefix("torch.")
-    more = arch, processors, triton_version(), force, format, plain, kind, deterministic
+    more = arch, processors, triton_version(), force, format, plain, kind, deterministic, geometry
     return Problem(op, m, n, k, name, device.type, *more)
 
 

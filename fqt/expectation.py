@@ -5,19 +5,19 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from . import conv_cost, conv_nn, cost, tuning
+from . import conv_cost, conv_nn, conv_ops, conv_problems, cost, tuning
 from .conv_cost import Shape
 from .dispatch import Choice, device_info, problem, select, triton_version
 from .layer import QuantizedLayer
 from .nn import Linear
 from .recipe import Recipe
-from .reference import MAX_INT32_TERMS
 
 
 class Expectation(NamedTuple):
@@ -54,8 +54,8 @@ def of_convolution(layer: _ConvNd, recipe: Recipe, inputs: Sequence[tuple[int, .
     """Of a convolution, quantized or not yet, on inputs of these shapes; None: they are not known."""
     device, sample = layer.weight.device, conv_nn.sample_of(layer)
     shapes = [_shape(layer, sample, each) for each in inputs or ()]
-    choice = _fprop_choice(layer, sample, shapes[0] if shapes else None)
-    kernel = choice.backend if choice.backend == "reference" else conv_nn.kernel_path(layer, sample)
+    path, choice = _fprop_choice(layer, sample, shapes[0] if shapes else None)
+    kernel = choice.backend if choice.backend == "reference" else path
     reason = choice.reason if choice.backend == "reference" or choice.fallback else ""
     try:
         if choice.backend == "reference":
@@ -65,16 +65,46 @@ def of_convolution(layer: _ConvNd, recipe: Recipe, inputs: Sequence[tuple[int, .
             raise cost.NotModelled("the image size is unknown: give example_input")
         if not inputs:
             raise cost.NotModelled("example_input does not reach it")
-        found = [conv_cost.convolution(shape, recipe, cost.ceilings(device)) for shape in shapes]
+        found = _predict_convolution(shapes, recipe, layer.weight)
     except cost.NotModelled as e:
         return Expectation(kernel, None, str(e), reason)
-    bf16_ms, ms = sum(p.bf16_ms for p in found), sum(p.ms for p in found)
+    bf16_ms, ms, source = sum(p.bf16_ms for p in found), sum(p.ms for p in found), found[0].source
+    more = f" and {len(inputs) - 1} more" if len(inputs) > 1 else ""
+    more += "" if all(len(p.products) == 3 for p in found) else ", without a gradient of its input"
+    times = f"{bf16_ms:.3g} ms, quantized {ms:.3g} ms for {'×'.join(map(str, inputs[0]))}{more}"
     if bf16_ms < ms:
-        more = f" and {len(inputs) - 1} more" if len(inputs) > 1 else ""
-        times = f"{bf16_ms:.3g} ms, quantized {ms:.3g} ms for {'×'.join(map(str, inputs[0]))}{more}"
         why = conv_cost.why_slower(max(found, key=lambda p: p.ms - p.bf16_ms))
-        reason = f"bf16 is expected to be faster here: {times}; {why}"
-    return Expectation(kernel, bf16_ms / ms, found[0].source, reason)
+        reason = f"bf16 {'was measured' if source == 'tuned' else 'is expected'} to be faster here: {times}; {why}"
+    elif source == "tuned":
+        reason = "; ".join(filter(None, (reason, f"measured to be faster than bf16: {times}")))
+    return Expectation(kernel, bf16_ms / ms, source, reason)
+
+
+def _predict_convolution(shapes: Sequence[Shape], recipe: Recipe, weight: Tensor, x: Tensor | None = None) -> list:
+    """`cost.Prediction`s of all shapes, all from what was tuned on the device, or all from its ceilings.
+
+    Of the memory format of x; without it of the weight's, and where that does not tell either of both, channels_last first,
+    whichever was tuned. Raises cost.NotModelled.
+    """
+    device, table = (weight if x is None else x).device, tuning.table(weight.device if x is None else x.device)
+    dtype = str((weight if x is None else x).dtype).removeprefix("torch.")
+    for channels_last in _formats(weight, x) if len(table) else ():
+        arch, processors = device_info(str(device))
+        gpu = dict(device=device.type, arch=arch, processors=processors, triton=triton_version())
+        with contextlib.suppress(cost.NotModelled):
+            return [conv_cost.tuned_convolution(s, recipe, table, dtype, channels_last, **gpu) for s in shapes]
+    return [conv_cost.convolution(shape, recipe, cost.ceilings(device)) for shape in shapes]
+
+
+def _formats(weight: Tensor, x: Tensor | None) -> tuple[bool, ...]:
+    """Whether the output may be in channels_last memory: as a layer of this weight makes it of x, or of any input."""
+    if weight.dim() != 4:
+        return (False,)
+    last = conv_ops.is_channels_last(weight)
+    if x is not None:
+        return (last or conv_ops.is_channels_last(x if x.dim() == 4 else x[None]),)
+    tells = not (weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last))
+    return (last,) if tells else (True, False)
 
 
 def _shape(layer: _ConvNd, sample: str, given: tuple[int, ...]) -> Shape:
@@ -84,16 +114,19 @@ def _shape(layer: _ConvNd, sample: str, given: tuple[int, ...]) -> Shape:
     sizes = (math.prod(pixels) for pixels in (size, out, layer.kernel_size))
     images = given[0] if len(given) == n + 2 else 1
     path, windows = conv_nn.kernel_path(layer, sample), sample == "row"
-    return Shape(images, layer.in_channels, layer.out_channels, *sizes, layer.groups, path, windows)
+    geometry = None if windows else conv_nn.geometry(layer, size)
+    return Shape(images, layer.in_channels, layer.out_channels, *sizes, layer.groups, path, windows, geometry)
 
 
-def _fprop_choice(layer: _ConvNd, sample: str, shape: Shape | None) -> Choice:
-    """What dispatch would choose; of a convolution whose image size is not known only the backend means something."""
+def _fprop_choice(layer: _ConvNd, sample: str, shape: Shape | None) -> tuple[str, Choice]:
+    """The path and what dispatch would choose; of a convolution whose image size is not known only the backend means
+    something."""
     if shape is not None and sample != "row":
-        return _product_choice("fprop", shape, layer.weight)[1]
+        return _product_choice("fprop", shape, layer.weight, _formats(layer.weight, None)[0])
     m, n = (128, 128) if shape is None else shape.products["fprop"][:2]
     op = "scaled_mm" if sample == "row" else "conv"
-    return _choice(op, layer.weight.device, m, n, layer.weight[0].numel(), dtype=layer.weight.dtype)
+    choice = _choice(op, layer.weight.device, m, n, layer.weight[0].numel(), dtype=layer.weight.dtype)
+    return conv_nn.kernel_path(layer, sample), choice
 
 
 # ---- for a user
@@ -128,8 +161,10 @@ def explanation(layer: nn.Module, x: Tensor) -> str:
         return "\n".join([*lines, "  every product: torch, full precision"])
     if shape is not None and shape.windows:
         lines.append(f"  im2col: torch, windows ({sizes[0]}, {sizes[2]}) in {x.dtype}")
-    operators = _matrix_operators if shape is None or shape.windows else _image_operators
-    lines += operators(recipe, x, *(sizes if operators is _matrix_operators else (shape,)))
+    if shape is None or shape.windows:
+        lines += _matrix_operators(recipe, x, *sizes)
+    else:
+        lines += _image_operators(recipe, x, shape, _formats(layer.weight, x)[0])
     return "\n".join([*lines, *_expectation(layer, x, sizes, shape)])
 
 
@@ -148,40 +183,55 @@ def _matrix_operators(recipe: Recipe, x: Tensor, m: int, n: int, k: int) -> Iter
         yield f"  {what} {shape}: {how}"
 
 
-def _image_operators(recipe: Recipe, x: Tensor, s: Shape) -> Iterator[str]:
-    """Of a convolution; sizes of products are those of a group."""
+def _image_operators(recipe: Recipe, x: Tensor, s: Shape, last: bool) -> Iterator[str]:
+    """Of a convolution; sizes of products are those of a group. last: images are in channels_last memory."""
     pixels, outputs = s.images * s.pixels, s.images * s.out_pixels
-    yield f"  quantize X ({pixels}, {s.channels}): {_choice('quantize_images', x.device, pixels, s.channels, dtype=x.dtype)}"
+    asked = s.quantization("X", last, recipe.x.granularity, recipe.x.rounding, "both")
+    yield f"  quantize X ({pixels}, {s.channels}): {_asked(asked, x)}"
     w, kind = (s.out_channels, s.elements["W"] // s.out_channels), f"{recipe.w.granularity} {recipe.w.rounding} rows"
     yield f"  quantize W {w}: {_choice('quantize', x.device, *w, dtype=x.dtype, kind=kind)}"
     gradients = {"dgrad": recipe.dgrad, "wgrad": recipe.wgrad}
+    together = [q and not q.householder and q.rounding == "stochastic" for q in gradients.values()]
     for name, quantizer in gradients.items():
         if quantizer is not None and quantizer.householder:
             matrix = s.images, s.out_pixels * s.out_channels
             choice = _choice("householder", x.device, *matrix, dtype=x.dtype, kind=quantizer.groups)
             yield f"  quantize dY for {name}, block Householder {matrix}: {choice}"
-        elif quantizer is not None:
-            choice = _choice("quantize_images", x.device, outputs, s.out_channels, dtype=x.dtype)
+        elif quantizer is not None and not all(together):
+            layout = {"dgrad": "rows", "wgrad": "cols"}[name]
+            choice = _asked(s.quantization("dY", last, quantizer.granularity, quantizer.rounding, layout), x)
             yield f"  quantize dY for {name} ({outputs}, {s.out_channels}): {choice}"
+    if all(together):
+        choice = _asked(s.quantization("dY", last, *(q.granularity for q in gradients.values())), x)
+        yield f"  quantize dY for dgrad and wgrad ({outputs}, {s.out_channels}): {choice}"
     for name, shape in s.products.items():
         quantizer = gradients.get(name, recipe.x)
         if quantizer is None:
             yield f"  {name} {shape}: torch, full precision"
             continue
-        path, choice = _product_choice(name, s, x)
+        path, choice = _product_choice(name, s, x, last)
         then = ", then the inverse transform" if quantizer.householder else ""
         yield f"  {name} {shape}: {path + ', ' if choice.backend == 'triton' else ''}{choice}{then}"
 
 
-def _product_choice(name: str, s: Shape, x: Tensor) -> tuple[str, Choice]:
-    """How a product of images is computed on the device of x, in its dtype."""
-    (m, n, k), wgrad = s.products[name], name == "wgrad"
-    if s.path == "1x1 GEMM" and not (wgrad and k > MAX_INT32_TERMS):
-        return s.path, _choice("scaled_mm", x.device, m, n, k, dtype=x.dtype)
-    if s.path == "im2col" and name == "fprop":
-        return s.path, _choice("scaled_mm", x.device, m, n, -(-k // 16) * 16, dtype=x.dtype)
-    kind = conv_cost.kind(name, s)
-    return "implicit GEMM", _choice("conv_wgrad" if wgrad else "conv", x.device, m, n, k, dtype=x.dtype, kind=kind)
+def _product_choice(name: str, s: Shape, x: Tensor, last: bool) -> tuple[str, Choice]:
+    """How a product of images is computed on the device of x, in its dtype: the path and what that launches; with the
+    measured reason for the path, where there is one."""
+    asked = s.call(name, last)
+    choice = _asked(asked, x)
+    if choice.kernel not in ("pointwise", "im2col"):
+        return conv_problems.PATHS["implicit"], choice
+    path, (m, n, k) = conv_problems.PATHS[choice.kernel], asked.sizes
+    of_matrices = _choice(
+        "scaled_mm", x.device, m, n, conv_problems.padded(k) if path == "im2col" else k, dtype=x.dtype
+    )
+    if choice.source in ("tuned", "nearest"):
+        of_matrices = replace(of_matrices, reason=f"{of_matrices.reason}; {path}: {choice.reason}")
+    return path, of_matrices
+
+
+def _asked(call: conv_problems.Call, x: Tensor) -> Choice:
+    return _choice(call.op, x.device, *call.sizes, dtype=x.dtype, **call.more)
 
 
 def _expectation(layer: QuantizedLayer, x: Tensor, sizes: tuple[int, int, int], shape: Shape | None) -> list[str]:
@@ -191,7 +241,7 @@ def _expectation(layer: QuantizedLayer, x: Tensor, sizes: tuple[int, int, int], 
             choice = _choice("scaled_mm", x.device, *sizes, dtype=x.dtype, format=layer.recipe.format)
             expected = _predict(sizes[0], layer, layer.recipe, x.device, choice)
         else:
-            expected = conv_cost.convolution(shape, layer.recipe, cost.ceilings(x.device))
+            (expected,) = _predict_convolution([shape], layer.recipe, layer.weight, x)
     except cost.NotModelled as e:
         return [f"  expected: not predicted: {e}"]
     source = "the tuned times of its operators" if expected.source == "tuned" else f"on {cost.ceilings(x.device)}"

@@ -34,11 +34,18 @@ NAME = re.compile(r"[a-z0-9-]*-[0-9a-f]{12}\.json")  # of a machine's file
 SHIPPED = Path(__file__).with_name("tables")
 
 _QUANTIZE = ("quantize.py", "statistics.py", "_device.py")
-# The files whose code runs, or decides how it runs, when a kernel of the op is timed.
+_PRODUCT = ("gemm.py", "gemm_hopper.py", "gemm_cublas.py", "_device.py", "_gluon.py")
+_IMAGES = ("conv_quantize.py", "conv_statistics.py", "gradient.py", *_QUANTIZE)
+# The files whose code runs, or decides how it runs, when a kernel of the op is timed. Torch alone arranges filters.
 _SOURCES = {
-    "scaled_mm": ("gemm.py", "gemm_hopper.py", "gemm_cublas.py", "_device.py", "_gluon.py"),
+    "scaled_mm": _PRODUCT,
     "quantize": _QUANTIZE,
     "quantize_gradient": ("gradient.py", *_QUANTIZE),
+    "conv": ("conv.py", *_PRODUCT),
+    "conv_wgrad": ("conv_wgrad.py", *_PRODUCT),
+    "quantize_images": _IMAGES,
+    "quantize_gradient_images": _IMAGES,
+    "arrange_filters": (),
 }
 
 _counts: Counter[str] = Counter()

@@ -119,6 +119,7 @@ def distinct(convolutions: Iterable[Convolution]) -> tuple[Convolution, ...]:
 
 
 CONVOLUTIONS = {"ResNet-50": distinct(resnet50(256)), "ResNet-18": distinct(resnet18(64))}
+CONVOLUTION_SUITES = {"resnet-50": CONVOLUTIONS["ResNet-50"]}  # as convolutions, not as matrix products
 
 
 def _resnet50(batch: int) -> tuple[Layer, ...]:
@@ -137,21 +138,29 @@ SUITES: dict[str, tuple[Layer, ...]] = {
 
 
 def layers(suites: Iterable[str]) -> list[Layer]:
-    """The layers of some suites, their names with the suite's in front.
+    """The linear layers of some suites, their names with the suite's in front.
 
     Raises:
         ValueError: an unknown suite.
     """
     found = []
     for suite in suites:
-        if suite not in SUITES:
-            raise ValueError(f"unknown suite {suite!r}; there are {', '.join(SUITES)}")
-        found += [layer._replace(name=f"{suite} {layer.name}") for layer in SUITES[suite]]
+        if suite not in SUITES and suite not in CONVOLUTION_SUITES:
+            raise ValueError(f"unknown suite {suite!r}; there are {', '.join((*SUITES, *CONVOLUTION_SUITES))}")
+        found += [layer._replace(name=f"{suite} {layer.name}") for layer in SUITES.get(suite, ())]
     return found
+
+
+def convolutions(suites: Iterable[str]) -> list[Convolution]:
+    """The convolutions of those of some suites that have them."""
+    return [of for suite in suites for of in CONVOLUTION_SUITES.get(suite, ())]
 
 
 def problems(suites: Iterable[str], target: Target, recipes: Iterable[str] = ("int8",), dtype: str = "bfloat16") -> Met:
     """The problems that training steps of the layers pose to dispatch, one of each key of a tuned table, with counts."""
     from . import collect
 
-    return collect.of_layers(layers(suites), target, recipes, dtype)
+    suites, recipes = list(suites), list(recipes)
+    met = collect.of_layers(layers(suites), target, recipes, dtype)
+    more = collect.of_convolutions(convolutions(suites), target, recipes, dtype)
+    return collect.by_key([*met.items(), *more.items()])

@@ -16,19 +16,24 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from . import conv_problems
+
 if TYPE_CHECKING:
     from .dispatch import Problem
 
-OPS = ("scaled_mm", "quantize", "quantize_gradient")
+PRODUCTS = ("scaled_mm", *conv_problems.PRODUCTS)  # beside which bf16 is timed
+OPS = ("scaled_mm", "quantize", "quantize_gradient", *conv_problems.GRAMMAR)
+CODES_ONLY = (*PRODUCTS, conv_problems.ARRANGED)
 FORMATS = ("int", "e4m3")
-DTYPES = ("float32", "float16", "bfloat16")  # of what is quantized; "" of a product
-# Of a kind: granularity, rounding, layout, and what else `Problem.kind` may say.
+DTYPES = ("float32", "float16", "bfloat16")  # of what is quantized; "" of what reads nothing but codes
+# Of a kind: granularity, rounding, layout, and what else `Problem.kind` may say; convolutions have a grammar of their own.
 WORDS = ("per_tensor", "per_row", "per_column", "nearest", "stochastic", "rows", "cols", "both", "strided", "stats")
 MAX_RANKING = MAX_CONFIG = MAX_WORDS = 8
 MAX_NAME = 32
@@ -38,8 +43,8 @@ MAX_NS = 1 << 53
 
 
 class Key(NamedTuple):
-    """A bucket of problems that share an entry. dtype: of what is quantized, "" of a product. kind: as in `Problem`.
-    aligned: 1 where n and k are multiples of 16. m, n, k: buckets."""
+    """A bucket of problems that share an entry. dtype: of what is quantized, "" of what reads nothing but codes. kind: as in
+    `Problem`. aligned: 1 where n and k, of "conv" a tap's part of k, are multiples of 16. m, n, k: buckets."""
 
     op: str
     format: str
@@ -63,8 +68,9 @@ class Timing(NamedTuple):
 class Entry(NamedTuple):
     """What was measured of a key, at the sizes exact = (m, n, k): the candidates, the best first, at most 8.
 
-    bf16_ns: torch.matmul in bfloat16 of the same sizes, 0 where not measured. origin: "" of this machine, else where the
-    entry came from ("shipped", "rank 0"): for the text of a choice, part of neither the JSON nor a table's digest.
+    bf16_ns: torch.matmul, or cuDNN's convolution, in bfloat16 of the same sizes, 0 where not measured. origin: "" of this
+    machine, else where the entry came from ("shipped", "rank 0"): for the text of a choice, part of neither the JSON nor a
+    table's digest.
     """
 
     key: Key
@@ -84,13 +90,14 @@ def bucket(size: int) -> int:
 
 def key(problem: Problem) -> Key:
     """The key of a problem."""
-    dtype = "" if problem.op == "scaled_mm" else problem.dtype
+    dtype = "" if problem.op in CODES_ONLY else problem.dtype
     return _key(problem.op, problem.format, dtype, problem.kind, (problem.m, problem.n, problem.k))
 
 
 def _key(op: str, format: str, dtype: str, kind: str, sizes: tuple[int, int, int]) -> Key:
-    aligned = int(sizes[1] % 16 == sizes[2] % 16 == 0)
-    return Key(op, format, dtype, kind, aligned, *map(bucket, sizes))
+    _, n, k = sizes
+    terms = k // conv_problems.count(kind, "taps") if op == "conv" else k
+    return Key(op, format, dtype, kind, int(n % 16 == terms % 16 == 0), *map(bucket, sizes))
 
 
 class Table:
@@ -193,12 +200,8 @@ def entry_from_json(item: Any, origin: str = "", *, present: bool = True) -> Ent
     )
     _word(op, OPS)
     _word(format, FORMATS)
-    _word(dtype, ("",) if op == "scaled_mm" else DTYPES)
-    words = kind.split(" ") if isinstance(kind, str) and kind else []
-    if kind != " ".join(words) or len(words) > MAX_WORDS or (words and op == "scaled_mm"):
-        raise Refused("an unknown word")
-    for word in words:
-        _word(word, WORDS)
+    _word(dtype, ("",) if op in CODES_ONLY else DTYPES)
+    _check_kind(op, kind)
     sizes = _integers(exact, 0, MAX_SIZE, range(3, 4))
     timings = tuple(_timing(timing) for timing in _list(ranking, range(1, MAX_RANKING + 1)))
     if len({timing[:3] for timing in timings}) < len(timings):
@@ -206,6 +209,19 @@ def entry_from_json(item: Any, origin: str = "", *, present: bool = True) -> Ent
     if present:
         _check_candidates(op, format, timings)
     return Entry(_key(op, format, dtype, kind, sizes), timings, _integer(bf16_ns, 0, MAX_NS), sizes, origin)
+
+
+def _check_kind(op: str, kind: Any) -> None:
+    if op in conv_problems.GRAMMAR:
+        known = isinstance(kind, str) and re.fullmatch(conv_problems.GRAMMAR[op], f"{kind} " if kind else "", re.ASCII)
+        if not known:
+            raise Refused("an unknown word")
+        return
+    words = kind.split(" ") if isinstance(kind, str) and kind else []
+    if kind != " ".join(words) or len(words) > MAX_WORDS or (words and op == "scaled_mm"):
+        raise Refused("an unknown word")
+    for word in words:
+        _word(word, WORDS)
 
 
 def _timing(item: Any) -> Timing:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from . import store, tuned
+from . import conv_problems, store, tuned, tuning
 from .candidates import Candidate, candidates, heuristic
 from .dispatch import Problem
 from .store import Machine
@@ -106,15 +106,19 @@ Progress = Callable[[Report, int, str], object]
 
 def worth(problem: Problem, count: int = 1) -> float:
     """Seconds that a nominal GPU spends on so many of these problems."""
-    if problem.op == "scaled_mm":
-        return 2.0 * problem.m * problem.n * problem.k / _OPS_PER_S * count
-    copies = 2 if "both" in problem.kind or problem.op == "quantize_gradient" else 1
-    return problem.m * problem.n * (getattr(torch, problem.dtype).itemsize + copies) / _BYTES_PER_S * count
+    elements = problem.m * problem.n
+    if problem.op in tuned.PRODUCTS:
+        return 2.0 * elements * problem.k * conv_problems.count(problem.kind, "groups") / _OPS_PER_S * count
+    if problem.op == conv_problems.ARRANGED:  # read once, written for fprop and for dgrad
+        return 3.0 * elements * problem.k / _BYTES_PER_S * count
+    copies = 2 if "both" in problem.kind or problem.op.startswith("quantize_gradient") else 1
+    return elements * (getattr(torch, problem.dtype).itemsize + copies) / _BYTES_PER_S * count
 
 
 def in_order(problems: Mapping[Problem, int]) -> list[Problem]:
-    """The problems with the most work first; equals in the given order."""
-    return sorted(problems, key=lambda problem: -worth(problem, problems[problem]))
+    """The problems with the most work first; of equals a product of matrices before the convolution that is made of it,
+    then the given order."""
+    return sorted(problems, key=lambda p: (-worth(p, problems[p]), p.op in conv_problems.PRODUCTS))
 
 
 def tune(
@@ -178,6 +182,8 @@ def _measure_all(session: _Session, problems: Mapping[Problem, int], report: Rep
         report.stopped = session.broken()
         if result.entry is not None and not store.save(machine, [result.entry], file=file):
             report.unsaved += 1
+        elif problem.op == "scaled_mm":
+            tuning.reload()  # a convolution that is a product of matrices is timed with what was found of that
         report.results.append(result)
         report.remaining = report.remaining[1:]
 

@@ -63,9 +63,10 @@ def _run(jobs: Iterable[tuple[Problem, Sequence[Candidate]]], device: torch.devi
 def read(text: str) -> list[Job]:
     """The jobs as `trial` wrote them."""
     return [
-        (Problem(**fields), tuple(Candidate(kernel, tuple(config), split_k) for kernel, config, split_k in candidates))
+        (Problem(**fields | {"geometry": tuple(fields["geometry"])}),
+         tuple(Candidate(kernel, tuple(config), split_k) for kernel, config, split_k in candidates))
         for fields, candidates in json.loads(text)
-    ]
+    ]  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,7 +1,7 @@
 """What tuning measures: the benchmark's case of a problem, with every kernel that may be launched for it.
 
 Products are of quantized Gaussians and write bfloat16; quantizations are of Gaussians in the problem's dtype. Every
-output is compared with `fqt.reference` before and after it is timed.
+output is compared with `fqt.reference` before and after it is timed. `tuner_conv` has the operators of convolutions.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import conv_problems, reference, tuned
 from .candidates import Candidate, title
 from .dispatch import Problem
 from .products import launcher
 from .qtensor import Operand, QTensor
 from .recipe import Quantizer
 
-BF16 = "torch.matmul bf16"
+BF16 = "torch bf16"
 _STREAMS = (0, 1)
-_LOSSY = 0.05  # of a bf16 product beside that of 8-bit codes: their own error is 1.4 % (int8) and 4 % (e4m3)
+LOSSY = 0.05  # of a bf16 product beside that of 8-bit codes: their own error is 1.4 % (int8) and 4 % (e4m3)
 # The grid of an exhaustive search, of the portable kernel: what a tensor core and a pipeline can use.
 _GRID = tuple(itertools.product((64, 128, 256), (64, 128, 256), (64, 128, 256), (4, 8), (2, 3, 4, 5)))
 _GRID_SHARED = {
@@ -38,14 +38,12 @@ _GRID_SHARED = {
 
 def shape(problem: Problem) -> str:
     """ "8192x4096x4096" of a product, "8192x4096" of a matrix."""
-    return "x".join(
-        map(str, (problem.m, problem.n, problem.k) if problem.op == "scaled_mm" else (problem.m, problem.n))
-    )
+    return "x".join(map(str, (problem.m, problem.n, problem.k) if problem.k else (problem.m, problem.n)))
 
 
 def describe(problem: Problem) -> str:
     """A problem's key in words, and its sizes: what tells it from every other that is tuned."""
-    words = "" if problem.op == "scaled_mm" else problem.dtype
+    words = "" if problem.op in tuned.CODES_ONLY else problem.dtype
     return " ".join(filter(None, (problem.op, problem.format, words, problem.kind, shape(problem))))
 
 
@@ -73,23 +71,28 @@ def build(
     yardstick: bool = True,
     exact: bool = True,
 ):
-    """The `fqt_bench.harness.Case` of a problem: the candidates by their titles and, of a product, torch.matmul in bf16.
+    """The `fqt_bench.harness.Case` of a problem: the candidates by their titles and, of a product, torch's in bf16.
 
     sets: of inputs, each with values of its own. exact: False for any codes at all, a byte each to make, where nothing is
     checked or timed. Nothing is launched before a candidate runs but what makes the inputs.
     """
     from fqt_bench.harness import Case
 
-    product = functools.partial(_product, make=_codes if exact else _any_codes)
-    make = product if problem.op == "scaled_mm" else _quantization if problem.op == "quantize" else _gradient
-    made = list(make(problem, tuple(candidates), device, sets))
-    first = [_bf16(problem, made, device, sets)] if yardstick and problem.op == "scaled_mm" else []
+    if problem.op in conv_problems.GRAMMAR:
+        from . import tuner_conv
+
+        made, bf16 = tuner_conv.made(problem, tuple(candidates), device, sets, exact)
+    else:
+        product = functools.partial(_product, make=_codes if exact else _any_codes)
+        make = product if problem.op == "scaled_mm" else _quantization if problem.op == "quantize" else _gradient
+        made, bf16 = list(make(problem, tuple(candidates), device, sets)), _bf16
+    first = [bf16(problem, made, device, sets)] if yardstick and problem.op in tuned.PRODUCTS else []
     every = (*first, *(candidate for candidate, _ in made))
     # Without a baseline: of ratios with their intervals, which take a while to compute, nothing is needed.
     return Case(problem.op, describe(problem), "ms", "", every, sets)
 
 
-def _ours(candidate: Candidate, run: Callable[[int], Any], check: Callable[[Any, int], str], same_bits: str = ""):
+def ours(candidate: Candidate, run: Callable[[int], Any], check: Callable[[Any, int], str], same_bits: str = ""):
     from fqt_bench import harness
 
     return harness.Candidate(title(candidate), run, check, same_bits=same_bits)
@@ -128,7 +131,7 @@ def _product(
         def run(i: int, launch: Callable[..., Tensor] = launch) -> Tensor:
             return launch(a[i].q, b[i].q, a[i].scale, b[i].scale, out_dtype=torch.bfloat16)
 
-        yield _ours(candidate, run, check, same_bits), expected
+        yield ours(candidate, run, check, same_bits), expected
 
 
 def _codes(rows: int, k: int, format: str, device: torch.device, seed: int) -> Operand:
@@ -158,7 +161,7 @@ def _bf16(problem: Problem, made: list[tuple], device: torch.device, sets: int):
     w = [gaussian(problem.n, problem.k, device=device, seed=2 * i + 1) for i in range(sets)]
 
     def check(out: Tensor, i: int) -> str:
-        return check_near(out, made[0][1](i), _LOSSY) if made else ""
+        return check_near(out, made[0][1](i), LOSSY) if made else ""
 
     return Timed(BF16, lambda i: torch.matmul(x[i], w[i].t()), check, provider="torch")
 
@@ -174,9 +177,9 @@ def _quantization(
 
     words = problem.kind.split()
     granularity = next(word for word in words if word.startswith("per_"))
-    z = _quantizer(granularity, problem.format, "stochastic" if "stochastic" in words else "nearest")
+    z = quantizer_of(granularity, problem.format, "stochastic" if "stochastic" in words else "nearest")
     layout = {"rows": "cols" not in words, "cols": "cols" in words or "both" in words}
-    x, rng = _matrices(problem, device, sets), _rng(device)
+    x, rng = _matrices(problem, device, sets), rng_of(device)
     stats = [row_stats(t, granularity, is_symmetric(_zero(z))) if "stats" in words else None for t in x]
     expected = functools.cache(lambda i: _exactly(x[i], z, rng=rng, **layout))
 
@@ -189,7 +192,7 @@ def _quantization(
                 kernel=kernel, tile=tile or None, stats=stats[i], **layout,
             )  # fmt: skip
 
-        yield _ours(candidate, run, lambda out, i: _check(out, expected(i))), expected
+        yield ours(candidate, run, lambda out, i: same(out, expected(i))), expected
 
 
 def _gradient(problem: Problem, candidates: tuple[Candidate, ...], device: torch.device, sets: int) -> Iterator[tuple]:
@@ -198,10 +201,10 @@ def _gradient(problem: Problem, candidates: tuple[Candidate, ...], device: torch
     from fqt_kernels.gradient import Side, quantize_gradient
 
     words = problem.kind.split()
-    g, h = (_quantizer(word, problem.format, "stochastic") for word in words if word.startswith("per_"))
+    g, h = (quantizer_of(word, problem.format, "stochastic") for word in words if word.startswith("per_"))
     affine = g.zero != "symmetric" or h.zero != "symmetric"
     folded = h.granularity == "per_column"
-    dy, rng = _matrices(problem, device, sets), _rng(device)
+    dy, rng = _matrices(problem, device, sets), rng_of(device)
     row_mul = gaussian(problem.m, device=device, seed=98).float() if folded else None
     col_mul = gaussian(problem.n, device=device, seed=97).float() if folded else None
 
@@ -221,10 +224,10 @@ def _gradient(problem: Problem, candidates: tuple[Candidate, ...], device: torch
             )  # fmt: skip
             return *rows, *cols
 
-        yield _ours(candidate, run, lambda out, i: _check(out, expected(i))), expected
+        yield ours(candidate, run, lambda out, i: same(out, expected(i))), expected
 
 
-def _quantizer(granularity: str, format: str, rounding: str) -> Quantizer:
+def quantizer_of(granularity: str, format: str, rounding: str) -> Quantizer:
     """The quantizer of the recipes of this granularity. Zero is no part of a problem: one stands for all."""
     zero = "grid" if granularity == "per_tensor" and format == "int" else "symmetric"
     return Quantizer(8, granularity, zero, rounding, format=format)
@@ -250,7 +253,7 @@ def _exactly(x: Tensor, z: Quantizer, *, multiplier: Tensor | None = None, **mor
     return QTensor(q if rows is not False else None, qt, scale.to(x.device), None)
 
 
-def _check(out: Iterable[Tensor | None], want: Iterable[Tensor | None]) -> str:
+def same(out: Iterable[Tensor | None], want: Iterable[Tensor | None]) -> str:
     """All of the outputs bit-equal, and there where they should be."""
     from fqt_bench.harness import Wrong, check_equal
 
@@ -271,5 +274,5 @@ def _matrices(problem: Problem, device: torch.device, sets: int) -> list[Tensor]
     return [gaussian(m, n, device=device, seed=i, dtype=dtype) for i in range(sets)]
 
 
-def _rng(device: torch.device) -> Tensor:
+def rng_of(device: torch.device) -> Tensor:
     return torch.tensor([0x0123456789ABCDEF, 7], device=device)

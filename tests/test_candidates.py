@@ -136,15 +136,6 @@ def test_determinism_leaves_float8_its_guess_and_int8_everything():
         assert candidates(Problem(**vars(p) | {"deterministic": True})) == candidates(p)
 
 
-@pytest.mark.parametrize("op", module.CONVOLUTIONS)
-def test_convolutions_have_a_guess_and_no_competition(op):
-    p = Problem(op, 4096, 64, 576, device="cuda", triton="3.7.1", **GPUS["sm90"], kind="9 taps")
-    assert candidates(p) == (heuristic(p),) and module.allows(p, heuristic(p))
-    choice = select(p)
-    assert heuristic(p) == (choice.kernel, choice.config or (), choice.split_k)
-    assert candidates(Problem(**vars(p) | {"format": "e4m3"})) == ()
-
-
 @pytest.mark.parametrize(
     "kind, m, n, kernels",
     [
@@ -198,6 +189,14 @@ def test_tiles_that_were_not_compiled_do_not_compete():
         ("quantize_gradient", "int", "tile", (128, 128, 8), True),
         ("quantize_gradient", "int", "rows", (), False),
         ("quantize", "int", "__import__", (), False),
+        ("conv", "int", "implicit", (128, 128, 128, 8, 3), True),
+        ("conv", "int", "im2col", (), True),
+        ("conv", "int", "portable", (128, 128, 128, 8, 3), False),
+        ("conv", "e4m3", "implicit", (128, 128, 128, 8, 3), False),
+        ("conv_wgrad", "int", "im2col", (), False),
+        ("quantize_images", "int", "tile", (16, 8, 16, 8), True),
+        ("quantize_images", "int", "tile", (128, 128, 8), False),
+        ("arrange_filters", "int", "torch", (), True),
     ],
 )
 def test_what_the_code_has_is_known(op, format, kernel, config, expected):

@@ -163,7 +163,8 @@ def test_a_step_of_the_users_own_with_autocast_and_inputs_by_name(model):
 
 @pytest.mark.parametrize("recipe", ["int8", "psq4", "bhq4", "qat8"])
 def test_of_convolutions_what_can_be_tuned_is_collected(model, recipe):
-    """Their matrix products: of 1x1 in all three directions, of few channels by im2col (symmetric X); no implicit GEMM."""
+    """Of each the products that its recipe quantizes, and the matrix products that some are: of 1x1 in all three directions,
+    of few channels by im2col (symmetric X)."""
     spec = model("""
         def make():
             layers = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 64, 1), nn.Conv2d(64, 64, 3, stride=2, groups=4)
@@ -179,7 +180,15 @@ def test_of_convolutions_what_can_be_tuned_is_collected(model, recipe):
     expected |= {(32 * 64, 32, 32)} if recipe == "int8" else set()
     expected |= {(32 * 64, 32, 64), (64, 32, 64 * 32)} if recipe != "qat8" else set()
     assert products == expected
-    assert {p.op for p in found.problems} == {"quantize", "scaled_mm"}
+    ops = {"quantize", "scaled_mm", "arrange_filters", "quantize_images", "conv"}
+    ops |= {"conv_wgrad"} if recipe != "qat8" else set()
+    assert {p.op for p in found.problems} == ops | (
+        {"quantize_gradient_images"} if recipe in ("int8", "psq4") else set()
+    )
+    kinds = {p.kind for p in found.problems if p.op == "conv"}
+    assert {"contiguous", "9 taps contiguous", "4 groups 9 taps 2x2 stride contiguous"} <= kinds
+    backward = {"dgrad contiguous", "dgrad 4 groups 9 taps 2x2 stride contiguous"}  # the first layer has none
+    assert backward <= kinds if recipe in ("int8", "psq4") else not {k for k in kinds if k.startswith("dgrad 9 taps")}
 
 
 def test_inputs_are_a_tensor_or_a_tuple_of_several(model):

@@ -361,11 +361,11 @@ def test_explain_names_the_path_of_each_product(layer, fprop, dgrad, h100):
     [
         (nn.Conv2d(16, 8, 1), ("scaled_mm", 2 * 64, 8, 16, "")),
         (nn.Conv2d(3, 8, 3, padding=1), ("scaled_mm", 2 * 64, 8, 32, "")),
-        (nn.Conv2d(32, 64, 3, padding=1, groups=2), ("conv", 2 * 64, 32, 144, "2 groups 9 taps")),
+        (nn.Conv2d(32, 64, 3, padding=1, groups=2), ("conv", 2 * 64, 32, 144, "2 groups 9 taps contiguous")),
     ],
 )
-def test_the_reason_in_the_report_is_that_of_the_path_that_runs(layer, asked, monkeypatch):
-    """A 1x1 layer's is that of a matrix product, with all that decides its tiles."""
+def test_the_reason_in_the_report_is_that_of_the_path_that_runs(layer, asked, h100, monkeypatch):
+    """A 1x1 layer's is that of a matrix product, with all that decides its tiles, once the path has been asked for."""
     seen = []
     choose = expectation._choice
 
@@ -375,4 +375,4 @@ def test_the_reason_in_the_report_is_that_of_the_path_that_runs(layer, asked, mo
 
     monkeypatch.setattr(expectation, "_choice", spy)
     fqt.quantize_(layer, "int8", example_input=torch.zeros(2, layer.in_channels, 8, 8))
-    assert seen[0] == asked
+    assert seen[asked[0] == "scaled_mm"] == asked and seen[0][0] == "conv"

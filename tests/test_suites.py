@@ -20,7 +20,7 @@ def test_the_suites_of_the_command_line_are_those_there_are():
     from fqt.cli_tune import DTYPES
     from fqt.cli_tune import SUITES as names
 
-    assert names == tuple(SUITES) and set(DTYPES) == set(tuned.DTYPES)
+    assert names == (*SUITES, *suites.CONVOLUTION_SUITES) and set(DTYPES) == set(tuned.DTYPES)
 
 
 def test_llama_8b_has_its_four_layers_at_three_numbers_of_tokens():
@@ -62,6 +62,23 @@ def test_there_is_one_problem_of_each_key_and_counts_add_up():
     assert all(p.device == "cuda" and (p.arch, p.processors) == H100[:2] and p.force == "auto" for p in found)
 
 
+def test_the_convolutions_of_resnet50_pose_their_products_as_often_as_it_has_them():
+    """53 convolutions at batch 256; the first has no dgrad, and quantizes dY for wgrad alone."""
+    found = suites.problems(["resnet-50"], H100)
+    keys = [tuned.key(problem) for problem in found]
+    assert len(set(keys)) == len(keys)
+
+    def times(op, word=""):
+        return sum(n for p, n in found.items() if p.op == op and word in p.kind)
+
+    assert times("conv") - times("conv", "dgrad") == times("conv_wgrad") == times("arrange_filters") == 53
+    assert times("conv", "dgrad") == times("quantize_gradient_images") == 52
+    assert times("quantize_images", "nearest both") == 53 and times("quantize_images", "stochastic cols") == 1
+    work = sum(p.m * p.n * p.k * n for p, n in found.items() if p.op == "conv_wgrad") / 256
+    assert round(work / 1e9, 3) == 4.087  # without the last layer's 0.002
+    assert suites.convolutions(["vit-large"]) == [] and not suites.problems(["resnet-50"], H100, ["fp8"])
+
+
 def test_an_unknown_suite_is_named():
-    with pytest.raises(ValueError, match=r"'gpt-9'; there are llama-8b, .*cubes"):
+    with pytest.raises(ValueError, match=r"'gpt-9'; there are llama-8b, .*resnet-50"):
         suites.layers(["gpt-9"])

@@ -191,11 +191,29 @@ def _gradient_images_kernel(
     _store_cols(cols_ptr, q, n, p, c, C, P, padded_n, BLOCK_N, BLOCK_P, BLOCK_C, WIDE)
 
 
-def tile_of(x: torch.Tensor, channels: int, images: int, cols: bool) -> tuple[int, int, int, int]:
-    """Images, pixels, channels, warps of a tile of x (N, C, P); codes are (N, P, channels), and, if cols, (C, P, images)."""
+def tiles_of(x: torch.Tensor, channels: int, images: int, cols: bool) -> list[tuple[int, int, int, int]]:
+    """The tiles that x (N, C, P) may have, at most, the usual one first; channels and images as in `tile_of`."""
     fits = is_aligned(*x.stride()) or in_units(x)[0] > 1
-    tiles = TILES if fits and is_aligned(channels, images) else ODD_TILES
-    most_n, most_p, most_c, warps = tiles[has_pixels_last(x), cols]
+    tables = (TILES, ODD_TILES) if fits and is_aligned(channels, images) else (ODD_TILES,)
+    return [table[has_pixels_last(x), cols] for table in tables]
+
+
+def stored_images(n: int, cols: bool) -> int:
+    """To how many images a row of cols is padded; n without cols."""
+    return triton.cdiv(n, ALIGNMENT) * ALIGNMENT if cols and n >= ALIGNMENT else n
+
+
+def tile_of(
+    x: torch.Tensor, channels: int, images: int, cols: bool, tile: tuple[int, int, int, int] | None = None
+) -> tuple[int, int, int, int]:
+    """Images, pixels, channels, warps of a tile of x (N, C, P); codes are (N, P, channels), and, if cols, (C, P, images).
+
+    tile: one of `tiles_of`, None for the usual one. Raises ValueError for another.
+    """
+    tiles = tiles_of(x, channels, images, cols)
+    if tile is not None and tuple(tile) not in tiles:
+        raise ValueError(f"images of shape {tuple(x.shape)} and strides {x.stride()} have tiles of {tiles}, got {tile}")
+    most_n, most_p, most_c, warps = tile or tiles[0]
     block_n = min(triton.next_power_of_2(images), most_n)
     block_c = min(max(triton.next_power_of_2(channels), 8), most_c)  # a random number is for 8 of them
     block_p = min(triton.next_power_of_2(x.shape[2]), most_n * most_p * most_c // (block_n * block_c))
@@ -213,13 +231,14 @@ class Launch(NamedTuple):
     flags: dict[str, int]
 
     @classmethod
-    def of(cls, x: torch.Tensor, channels: int, rows: bool, cols: bool, sums: bool) -> "Launch":
-        """That of x (N, C, P); channels: of a row, with padding."""
+    def of(
+        cls, x: torch.Tensor, channels: int, rows: bool, cols: bool, sums: bool, tile: tuple[int, int, int, int] | None
+    ) -> "Launch":
+        """That of x (N, C, P); channels: of a row, with padding; tile: as in `tile_of`."""
         n, c, p = x.shape
-        channels = max(channels, c)
-        images = triton.cdiv(n, ALIGNMENT) * ALIGNMENT if cols and n >= ALIGNMENT else n
+        channels, images = max(channels, c), stored_images(n, cols)
         new = lambda *shape: torch.empty(*shape, dtype=torch.int8, device=x.device)  # noqa: E731
-        block_n, block_p, block_c, warps = tile_of(x, channels, images, cols)
+        block_n, block_p, block_c, warps = tile_of(x, channels, images, cols, tile)
         spans = sum(block * stride for block, stride in zip((block_n, block_c, block_p), x.stride(), strict=True))
         unit, sizes = in_units(x)
         return cls(
@@ -258,6 +277,7 @@ def quantize_images(
     cols: bool = False,
     sums: bool = False,
     ptx: bool = True,
+    tile: tuple[int, int, int, int] | None = None,
 ) -> tuple[torch.Tensor | None, ...]:
     """Launch the quantization of images x (N, C, P), float32, float16 or bfloat16, any strides, N, C and P ≥ 1.
 
@@ -265,7 +285,7 @@ def quantize_images(
     multiplier is (N, 1) or (1, C) float32: one that is not finite makes its groups non-finite. channels: to which rows is
     padded, 0 for C. rng (2,) int64 (key, step) asks for stochastic rounding, stream is the whole fourth counter word
     (stream + 256·rank). sums: of the codes of each pixel's channels, if rows, in so many groups. ptx False keeps to Triton's
-    own operations on every GPU.
+    own operations on every GPU. tile: one of `tiles_of`, None for the usual one; it changes no bit.
 
     Returns:
         rows (N, P, channels), cols (C, P, N') int8; scale, offset (1,), (N,) or (C,) float32; sums (N, P, groups) int32;
@@ -275,7 +295,7 @@ def quantize_images(
     factors = None if multiplier is None else multiplier.flatten().contiguous()
     ranged, sums = Ranged(Side(bits, granularity, zero), factors, by_image), sums and rows
     (out,), _ = image_params(x, [ranged])
-    to = Launch.of(x, channels, rows, cols, sums and groups == 1)
+    to = Launch.of(x, channels, rows, cols, sums and groups == 1, tile)
     _images_kernel[to.grid](
         x, factors, out.inv, out.zp, rng, to.rows, to.cols, to.sums, *to.sizes, stream,
         BY_IMAGE=by_image, GRANULARITY=GRANULARITY[granularity], BITS=bits, ZERO=ZERO[zero], STOCHASTIC=rng is not None,
@@ -303,6 +323,7 @@ def quantize_gradient_images(
     sums: bool = False,
     bias: bool = False,
     ptx: bool = True,
+    tile: tuple[int, int, int, int] | None = None,
 ) -> tuple[tuple[torch.Tensor | None, ...], tuple[torch.Tensor | None, ...], torch.Tensor | None]:
     """Launch both quantizations of dY (N, C, P), float32, float16 or bfloat16, any strides, N, C and P ≥ 1, stochastic.
 
@@ -315,7 +336,7 @@ def quantize_gradient_images(
         (rows, scale, offset, sums), (cols, scale, offset), and the sums of dY or None.
     """
     (of_g, of_h), total = image_params(dy, [Ranged(g, col_mul, False), Ranged(h, row_mul, True)], bias)
-    to = Launch.of(dy, channels, True, True, sums and groups == 1)
+    to = Launch.of(dy, channels, True, True, sums and groups == 1, tile)
     _gradient_images_kernel[to.grid](
         dy, col_mul, row_mul, of_g.inv, of_g.zp, of_h.inv, of_h.zp, rng, to.rows, to.cols, to.sums, *to.sizes, *streams,
         G_GRANULARITY=GRANULARITY[g.granularity], H_GRANULARITY=GRANULARITY[h.granularity],
