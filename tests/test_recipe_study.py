@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fqt
-from fqt_bench import psgd_runs, recipe_study
+from fqt_bench import psgd_runs, recipe_study, recipe_tables
 from fqt_bench.psgd_runs import Data
 from fqt_bench.recipe_study import QUICK
 from fqt_bench.resnet import ResNet
@@ -180,8 +180,17 @@ def test_the_report_prints_what_the_file_holds(quick, capsys):
     assert recipe_study.main(["--report", str(quick)]) == 0
     said = capsys.readouterr().out
     s = json.loads(quick.read_text(encoding="utf-8"))["summary"]
-    exact, psq8 = (recipe_study.accuracy_cell(s[name], s["exact"]) for name in ("exact", "psq8"))
+    exact, psq8 = (recipe_tables.accuracy_cell(s[name], s["exact"]) for name in ("exact", "psq8"))
     assert f"| 8 | {psq8} |" in said and f"exact {exact}." in said
+
+
+def test_accuracies_are_paired_by_seed():
+    def record(recipe, seed, accuracy):
+        return {"recipe": recipe, "seed": seed, "accuracy": accuracy, "diverged": accuracy is None}
+
+    runs = [record("exact", 0, 90.0), record("exact", 1, 80.0), record("exact", 2, None),
+            record("psq4", 1, 79.5), record("psq4", 0, 90.5), record("psq4", 2, 85.0), record("ptq2", 0, None)]  # fmt: skip
+    assert recipe_tables.paired({"runs": runs}) == {"exact": [0.0, 0.0], "psq4": [-0.5, 0.5], "ptq2": []}
 
 
 def test_a_run_whose_weights_are_not_finite_diverged(data):
@@ -190,7 +199,7 @@ def test_a_run_whose_weights_are_not_finite_diverged(data):
     found["diverged"] = True
     s = recipe_study.summary([found])
     assert (s["runs"], s["diverged"], s["accuracy_mean"], s["variance"]) == (1, 1, None, None)
-    assert not recipe_study.is_within(s, s)
+    assert not recipe_tables.is_within(s, s)
 
 
 # ---- the variances
@@ -252,7 +261,7 @@ def test_summaries_are_means_and_deviations_of_the_runs_that_did_not_diverge():
     assert [s["train_loss_mean"], s["train_loss_std"]] == pytest.approx([0.4, 0.1 * math.sqrt(2)])
     assert s["variance"]["quantization"] == 2.0 and s["variance"]["ratio"] == 0.5
     assert s["variance"]["layers"]["dgrad"] == "1.5 -"
-    assert recipe_study.accuracy_cell(s, s) == "**91.00 ± 1.41, 1 of 3 diverged**"
+    assert recipe_tables.accuracy_cell(s, s) == "**91.00 ± 1.41, 1 of 3 diverged**"
     assert recipe_study.summary(runs[:1])["accuracy_std"] is None
 
 
@@ -260,7 +269,7 @@ def test_summaries_are_means_and_deviations_of_the_runs_that_did_not_diverge():
 def test_a_recipe_is_within_the_spread_or_below_it(mean, within):
     """Exact 90 ± 0.3, the other ± 0.4: a spread of 0.5."""
     exact, other = ({"diverged": 0, "accuracy_mean": m, "accuracy_std": s} for m, s in ((90.0, 0.3), (mean, 0.4)))
-    assert recipe_study.is_within(other, exact) is within
+    assert recipe_tables.is_within(other, exact) is within
 
 
 def test_the_learning_rate_is_the_most_accurate_then_that_of_the_least_loss():
