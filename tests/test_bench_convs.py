@@ -265,7 +265,7 @@ def test_what_failed_or_was_not_measured_has_no_figure_and_no_sum():
     rows = convs.rows("ResNet-18", _result(lambda of: {"bf16": 1.0, "int8": None if of.first else 1.0})["cases"])
     assert rows[0].ours == {"int8": None, "psq8": None} and rows[0].ratio("int8") is None
     assert rows[-1].of is None and rows[-1].bf16 == 20.0 and set(rows[-1].ours.values()) == {None}
-    assert convs.cells(rows[0])[3:] == ("1", "", "", "", "")
+    assert convs.cells(rows[0])[3:] == ("1", "", "", "", "", "", "")
     some = _result(lambda of: {"bf16": 1.0}, CONVOLUTIONS["ResNet-18"][:3])["cases"]
     assert [row.of.name for row in convs.rows("ResNet-18", some)] == ["conv1", "layer1.0.conv1", "layer2.0.conv1"]
     assert convs.rows("ResNet-50", some) == []

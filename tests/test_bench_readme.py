@@ -1,10 +1,12 @@
 """The README's table of what was measured on GPUs. Every number here is made up: see `bench_fabricated`."""
 
+import json
+
 import bench_fabricated as fake
 import pytest
 
-from fqt.suites import SUITES
-from fqt_bench import readme
+from fqt.suites import CONVOLUTIONS, SUITES
+from fqt_bench import convs, readme
 
 SHAPE = "8192x28672x4096"
 
@@ -95,6 +97,33 @@ def test_what_failed_has_no_figure_and_a_case_without_any_is_left_out():
     none = {**case, "shape": "8x8x8", "candidates": [failed]}
     ((row,),) = _tables(_block(fake.result(half, none)))
     assert row["bf16, ms"] == "1.00" and row["M × N × K"].startswith("8192") and "int8 over bf16" not in row
+
+
+def test_what_bhq_costs_has_rows_with_its_target_and_without_such_a_result_there_are_none():
+    times = {"product": 2.0, "psq whole": 2.5, "whole global": 2.68, "whole tile": 2.75}
+    case = fake.case("householder", "8192x8192x8192", *(fake.candidate(tag, ms, tag=tag) for tag, ms in times.items()))
+    first, second = (line.strip("| ").split(" | ") for line in _block(fake.result(case)).splitlines()[-2:])
+    assert first == ["T8", "BHQ beyond PSQ, of dgrad at 8192³", "9 %", "≤ 10 %", "met"]
+    assert second == ["T8", "BHQ in tiles beyond PSQ, of dgrad at 8192³", "12 %", "≤ 10 %", "missed"]
+    assert "T8" not in _block(fake.result(_product())) and "Convolutions" not in _block(fake.result(_product()))
+
+
+def test_convolutions_are_summed_by_their_count_where_every_one_was_measured():
+    def of(network, some, slow=0):
+        bf16, times = fake.candidate("nn.Conv2d", 3.0, tag="bf16"), [6.0] * slow + [1.5] * (len(some) - slow)
+        return [fake.case(convs.title(network), convs.size(layer), bf16, fake.candidate("int8", ms, tag="int8",
+                prediction="1.20× (datasheet)"))
+                for layer, ms in zip(some, times, strict=True)]  # fmt: skip
+
+    layers = CONVOLUTIONS["ResNet-50"]
+    count = sum(layer.count for layer in layers)
+    ours = 1.5 * count + 4.5 * layers[0].count
+    text = _block(fake.result(*of("ResNet-50", layers, slow=1)))
+    assert f"int8 is faster in {len(layers) - 1} of {len(layers)} shapes, all {count} convolutions" in text
+    assert f"instead of {3 * count} ({3 * count / ours:.2f}×)" in text and count == 53
+    assert f"the cost model was wrong about int8 in 1 of {len(layers)}." in text
+    part = _block(fake.result(*of("ResNet-50", layers[1:])))
+    assert f"int8 is faster in {len(layers) - 1} of {len(layers) - 1} shapes" in part and "together" not in part
 
 
 def test_each_gpu_is_apart_under_its_versions_date_and_commit():
@@ -191,3 +220,41 @@ def test_a_folder_or_a_file_that_is_not_there_is_a_mistake(place, capsys):
     assert readme.main(["--results", str(place / "none")]) == 2 and "no such folder" in capsys.readouterr().err
     (place / "README.md").unlink()
     assert _run(place, "--check") == 2 and "README.md" in capsys.readouterr().err
+
+
+# ---- whole training steps
+
+
+def _whole(date="2026-01-02", gpu="H100", int8_ms=400.0, quick=False):
+    def candidate(name, ms, **fields):
+        ratio = {"exact": {"value": 500.0 / ms}, "exact compiled": {"value": 450.0 / ms}}
+        return {"name": name, "status": "ok", "remark": "", "ms": {"median": ms}, "items_s": 8192e3 / ms, "peak": 3 * 2**30,
+                "ratio": ratio, **fields}  # fmt: skip
+
+    lost = {"name": "torchao", "status": "out of memory", "remark": "CUDA is full"}
+    network = {"title": "12 blocks", "shape": "8192x4096", "unit": "tokens",
+               "candidates": [candidate("torch bf16", 500.0), candidate("fqt int8", int8_ms), lost]}  # fmt: skip
+    env = {"gpu": gpu, "date": date, "driver": "1", "torch": "2", "triton": "3", "commit": "abc"}
+    return {"kind": "end to end", "environment": env, "arguments": {"quick": quick}, "networks": [network]}
+
+
+def test_whole_steps_have_their_times_ratios_rates_and_reasons():
+    (table,) = _tables(readme.block([], [_whole()]))
+    assert table[1] == {"network": "12 blocks, 8192x4096", "": "fqt int8", "ms a step": "400", "over bf16": "1.25",
+                        "over bf16, compiled": "1.12", "a second": "20480 tokens", "peak, GiB": "3.0"}  # fmt: skip
+    assert "out of memory" in readme.block([], [_whole()])
+
+
+def test_of_each_gpu_the_newest_whole_steps_count_and_toy_sizes_never(tmp_path):
+    text = readme.block([], [_whole("2026-01-03", int8_ms=100.0), _whole("2026-01-02"), _whole(gpu="A100")])
+    assert [row["ms a step"] for table in _tables(text) for row in table if row[""] == "fqt int8"] == ["400", "100"]
+    assert readme.block([], [_whole(quick=True), _whole(gpu=None)]) == readme.NOTHING
+
+
+def test_a_file_that_is_no_result_of_whole_steps_is_said(tmp_path, capsys):
+    (folder := tmp_path / "h100").mkdir()
+    for name, text in (("a", json.dumps(_whole())), ("b", "{"), ("c", '{"kind": "study"}'), ("d", "[]")):
+        (folder / f"end-to-end-{name}.json").write_text(text)
+    assert readme.whole_results(tmp_path) == [_whole()]
+    said = capsys.readouterr().err
+    assert all(f"end-to-end-{name}.json" in said for name in "bcd") and "end-to-end-a" not in said

@@ -117,7 +117,7 @@ def test_parts_are_chosen_by_name_or_group_in_their_order():
     assert hardware.chosen(found, ["tune"]) == ["tune", "export"]
     assert set(hardware.chosen(found, ["check"])) >= {"doctor", "tests", "sanitize", "extremes", "endurance"}
     assert hardware.chosen(found, ["speed"]) == ["kernels", "layers", "profile", "calibrate", "readme"]
-    with pytest.raises(ValueError, match="no part 'chekc'; there are bench, check, speed, tune, doctor"):
+    with pytest.raises(ValueError, match="no part 'chekc'; there are bench, check, methods, speed, tune, doctor"):
         hardware.chosen(found, ["chekc"])
 
 
@@ -141,6 +141,16 @@ def test_half_an_hour_is_enough_for_speed_and_most_of_it_is_for_measuring():
         line = list(found[name].arguments)
         limit = next(float(line[line.index(option) + 1]) for option in ("--budget-s", "--limit-s") if option in line)
         assert limit <= found[name].seconds - 30
+
+
+def test_half_an_hour_is_enough_for_the_methods_and_convolutions_are_tuned_before_they_are_timed():
+    methods = {name: p.seconds for name, p in hardware.parts(ROOT).items() if p.group == "methods"}
+    assert list(methods) == ["householder", "optim", "tune-conv", "conv", "end-to-end", "methods-readme"]
+    assert sum(methods.values()) <= 28 * 60
+    for name in ("householder", "optim", "conv", "end-to-end"):
+        line = list(hardware.parts(ROOT)[name].arguments)
+        limit = next(float(line[line.index(option) + 1]) for option in ("--budget-s", "--limit-s") if option in line)
+        assert limit <= methods[name] - 30
 
 
 def _parse(module: str, options: list[str]):

@@ -124,6 +124,14 @@ def test_without_a_gpu_a_study_on_one_is_refused(capsys):
     assert "not measured" in capsys.readouterr().err
 
 
+def test_without_matplotlib_the_tables_are_printed_and_the_plot_is_said_to_be_missing(quick, monkeypatch, capsys):
+    monkeypatch.setattr(recipe_study.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(recipe_study.recipe_plots, "draw", None)
+    assert recipe_study.main(["--report", str(quick)]) == 0
+    said = capsys.readouterr()
+    assert "| 8 |" in said.out and "no plot" in said.err
+
+
 def test_the_study_of_text_says_bits_a_byte(tmp_path, monkeypatch, capsys):
     """Of a network that has learned nothing: some 8 bits, those of 256 bytes that are equally likely."""
     pytest.importorskip("matplotlib")

@@ -220,12 +220,19 @@ def operands(layer: fqt.nn.Conv2d, x: Tensor, dy: Tensor, rng: Tensor) -> Operan
 
 class Row(NamedTuple):
     """A layer of a network and how many such it has: ms of the faster of torch's and of fqt's by recipe, None where there is
-    no figure. of: None for all layers together."""
+    no figure. of: None for all layers together. predicted: int8's ratio by `fqt.conv_cost`, from before the run."""
 
     of: Convolution | None
     count: int
     bf16: float | None
     ours: dict[str, float | None]
+    predicted: float | None = None
+
+    @property
+    def wrong(self) -> bool | None:
+        """Whether the prediction is on the other side of 1; None where it or the figure is missing."""
+        ratio = self.ratio("int8")
+        return None if ratio is None or self.predicted is None else (ratio > 1) != (self.predicted > 1)
 
     def ratio(self, recipe: str) -> float | None:
         """Above 1 the recipe is faster."""
@@ -237,7 +244,8 @@ def rows(network: str, cases: Iterable[dict[str, Any]]) -> list[Row]:
     """Of a network's measured layers, and all together where every one was measured; empty where none was."""
     by_shape = {case["shape"]: case for case in cases if case["suite"] == title(network)}
     layers_of = [of for of in CONVOLUTIONS[network] if size(of) in by_shape]
-    found = [Row(of, of.count, _least(by_shape[size(of)], BF16), {r: _least(by_shape[size(of)], [r]) for r in RECIPES})
+    found = [Row(of, of.count, _least(by_shape[size(of)], BF16), {r: _least(by_shape[size(of)], [r]) for r in RECIPES},
+                 _predicted(by_shape[size(of)]))
              for of in layers_of]  # fmt: skip
     if len(layers_of) < len(CONVOLUTIONS[network]):
         return found
@@ -251,6 +259,12 @@ def _least(case: dict[str, Any], tags: Sequence[str]) -> float | None:
     return min(found, default=None)
 
 
+def _predicted(case: dict[str, Any]) -> float | None:
+    """Of text such as "1.32× (measured)"."""
+    texts = (c["prediction"].split("×") for c in case["candidates"] if c["tag"] == "int8")
+    return next((float(text[0]) for text in texts if len(text) == 2), None)
+
+
 def _sum(found: list[Row], ms: list[float | None]) -> float | None:
     return None if None in ms else sum(row.count * each for row, each in zip(found, ms, strict=True))
 
@@ -262,7 +276,7 @@ def cells(row: Row) -> tuple[str, ...]:
     shape = "" if of is None else f"{of.c} → {of.o}, {of.kernel}×{of.kernel}, {of.edge}² → {of.out_edge}²"
     short = lambda value: "" if value is None else f"{value:.3g}"  # noqa: E731
     ours = [cell for r in RECIPES for cell in (short(row.ours[r]), short(row.ratio(r)))]
-    return what, shape, str(row.count), short(row.bf16), *ours
+    return what, shape, str(row.count), short(row.bf16), *ours, short(row.predicted), "wrong" * bool(row.wrong)
 
 
 HEADER = (
@@ -271,5 +285,7 @@ HEADER = (
     "count",
     "bf16, ms",
     *(h for r in RECIPES for h in (f"{r}, ms", "over bf16")),
+    "int8, predicted",
+    "decision",
 )
 RIGHT = tuple(range(2, len(HEADER)))  # columns of numbers

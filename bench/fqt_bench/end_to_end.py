@@ -35,7 +35,7 @@ from fqt.cli import INTERRUPTED, positive
 
 from . import environment, peers, train
 from .cpu import CpuTimer
-from .end_to_end_networks import COMPILED, EXACT, NETWORKS, Work, make, ways
+from .end_to_end_networks import COMPILED, EXACT, KIND, NETWORKS, Work, make, ways
 from .end_to_end_tables import draw, tables
 from .end_to_end_visit import CHECKED, allocated, free, profiled, timed, visit
 from .harness import RESERVE_S, Budget, Wrong
@@ -190,7 +190,7 @@ def run(args: argparse.Namespace, device: torch.device, timer: Any) -> Record:
     """Measure all networks, then profile fqt's candidates; the file is written as it goes."""
     budget = Budget(args.limit_s, timer)
     asked = ("networks", "layers", "tokens", "batch", "rounds", "limit_s", "quick", "profile")
-    result: Record = {"kind": "end to end", "environment": environment.environment(device), "method": METHOD,
+    result: Record = {"kind": KIND, "environment": environment.environment(device), "method": METHOD,
                       "arguments": {name: getattr(args, name) for name in asked}, "networks": []}  # fmt: skip
     steps, works = QUICK_STEPS if args.quick else STEPS, []
 

@@ -14,6 +14,7 @@ from .operators import work_dtype
 from .parameters import BLOCKS
 from .providers import peer
 
+KIND = "end to end"  # of a result
 NETWORKS = ("llama", "resnet50")
 EXACT, COMPILED = "exact", "exact compiled"  # tags of what the others are compared with
 NO_CONVOLUTIONS = "torchao has int8 training of linear layers, and no convolutions"

@@ -1,12 +1,13 @@
 """Everything that wants a GPU, part by part, each with a time limit of its own, and its raw results in one folder.
 
-    python -m fqt_bench.hardware [check | tune | speed | bench | PART ...] [--limit-s N] [--out DIR] [--list]
+    python -m fqt_bench.hardware [check | tune | speed | methods | bench | PART ...] [--limit-s N] [--out DIR] [--list]
 
     check   is every kernel right, free of races and deterministic on this GPU; do models train on it as on the CPU
     tune    measure the kernels' configurations for this GPU
     speed   kernels and layers to their targets, in under 25 minutes: time them beside their peers, profile those that are
             furthest from their predictions, correct the cost model's constants, and print the README's table
-    bench   time training steps, optimizers, what BHQ costs, convolutions
+    methods what BHQ, a step of PSGD and convolutions cost, whole networks by recipe, the README's table, in 28 minutes
+    bench   time training steps; a transformer on Python's sources under every recipe
 
 Results go to bench/results/<gpu>: what each part writes itself, what it printed in PART-<date>-<commit>.log (not committed:
 it names paths), and the verdicts, with the last line of each, in hardware-<date>-<commit>.json. A part that fails or runs
@@ -14,7 +15,7 @@ out of time does not keep the next one from running; one that there is no time l
 take the newest one there, and the verdict names it. Exit status 1 if a part failed.
 
 FQT_WHEELS=DIR: a folder of wheels (torchao, bitsandbytes), for a machine without a network. They are installed into a
-temporary folder, which the parts of speed and bench see; see `fqt_bench.wheels` for those that are refused.
+temporary folder, which the parts of speed, methods and bench see; see `fqt_bench.wheels` for those that are refused.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ from .psgd_runs import FASHION
 
 WORKERS = 12  # of the test suite: most of its time goes into compiling
 LEAST_S = 20.0  # a part is not begun with less time left
-PEERS = ("speed", "bench")  # groups that see what FQT_WHEELS brings
+PEERS = ("speed", "methods", "bench")  # groups that see what FQT_WHEELS brings
 RESULTS = ("kernels-*.json", "layers-*.json")  # of the parts kernels and layers
+TEXT = "fqt_bench.recipe_study --dataset python --device cuda --bits 8 5 4 3 2"
 STUDY = "resnet-fashion-*.json"  # of the CPU backend, in bench/results/cpu
 
 
@@ -80,10 +82,14 @@ def parts(root: Path, fashion: Path = FASHION) -> dict[str, Part]:
         ),
         "calibrate": of_results(120, "fqt_bench.calibrate {results} --out {dir}/calibration-{stem}.json"),
         "readme": python("speed", 60, "fqt_bench.readme --results {out}"),  # printed: it is in the part's log
+        "householder": python("methods", 260, "fqt bench --suite householder --budget-s 180 --out {out}"),
+        "optim": python("methods", 200, "fqt bench --suite optim --budget-s 120 --out {out}"),
+        "tune-conv": python("methods", 280, "fqt tune --suite resnet-50 --budget 3"),  # before what it makes faster
+        "conv": python("methods", 310, "fqt bench --suite conv --budget-s 240 --out {out}"),
+        "end-to-end": python("methods", 560, "fqt_bench.end_to_end --limit-s 500 --out {dir}/end-to-end-{stem}.json"),
+        "methods-readme": python("methods", 60, "fqt_bench.readme --results {out}"),
         "train": python("bench", 220, "fqt bench --suite train --budget-s 140 --out {out}"),
-        "optim": python("bench", 200, "fqt bench --suite optim --budget-s 120 --out {out}"),
-        "householder": python("bench", 260, "fqt bench --suite householder --budget-s 180 --out {out}"),
-        "conv": python("bench", 330, "fqt bench --suite conv --budget-s 240 --out {out}"),
+        "text": python("bench", 570, f"{TEXT} --out {{dir}}/transformer-{{stem}}.json"),
     }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,9 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fqt.cli import MISTAKE, UsageError
-from fqt.suites import SUITES
+from fqt.suites import CONVOLUTIONS, SUITES
 
-from . import environment, facts
+from . import convs, environment, facts
+from .end_to_end_networks import COMPILED, EXACT, KIND
 from .facts import Machine, Measured, is_host_bound, is_ok, sizes
 from .products import DISPATCHED
 from .reading import OTHER, Run, find, load
@@ -41,24 +43,58 @@ OTHERS = {
            "fp8 `torch._scaled_mm`": "_scaled_mm fp8", "fqt fp8": "fp8"},
     LINEAR: {"fqt psq8": "psq8", "fqt fp8": "fp8", "torchao int8": "torchao", "torchao fp8": "torchao fp8"},
 }  # fmt: skip
+METHODS = ("T7", "T8")  # targets of the step of PSGD and of BHQ
+WHOLES = "end-to-end-*.json"
 NETWORKS = {"llama-8b": "Llama-8B", "bert-large": "BERT-L", "vit-large": "ViT-L/16"}
 Candidate = dict[str, Any]
+Figures = dict[str, Any]
 
 
 # ---- the text
 
 
-def block(runs: Iterable[Run]) -> str:
-    """What stands between the markers, as markdown."""
+def block(runs: Iterable[Run], wholes: Iterable[Figures] = ()) -> str:
+    """What stands between the markers, as markdown. wholes: results of `fqt_bench.end_to_end`, those of a GPU count."""
     gpus = [machine for machine in facts.machines(runs) if machine.is_gpu]
     parts = [part for machine in gpus for part in _machine(machine)]
+    newest = {result["environment"]["gpu"]: result for result in sorted(wholes, key=lambda r: r["environment"]["date"])}
+    parts += [_whole(gpu, newest[gpu]) for gpu in sorted(filter(None, newest)) if not newest[gpu]["arguments"]["quick"]]
     return "\n\n".join([ABOUT, *parts]) if parts else NOTHING
 
 
+def _whole(gpu: str, result: Figures) -> str:
+    """Whole training steps: one table for all networks, candidates without figures with the reason."""
+    e = result["environment"]
+    lines = [["network", "", "ms a step", "over bf16", "over bf16, compiled", "a second", "peak, GiB"],
+             ["---", "---", "---:", "---:", "---:", "---:", "---:"]]  # fmt: skip
+    for network in result["networks"]:
+        for c in network["candidates"]:
+            head = [_plain(f"{network['title']}, {network['shape']}"), _plain(c["name"])]
+            if "ms" not in c:
+                lines.append([*head, _plain(f"{c['status']}: {c['remark']}"), "", "", "", ""])
+                continue
+            ratios = [_times((c["ratio"].get(tag) or {}).get("value")) for tag in (EXACT, COMPILED)]
+            peak = "–" if c["peak"] is None else f"{c['peak'] / 2**30:.1f}"
+            rate = f"{digits(c['items_s'])} {network['unit']}"
+            lines.append([*head, digits(c["ms"]["median"]), *ratios, rate, peak])
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    versions = f"driver {e['driver']}, torch {e['torch']}, Triton {e['triton']}, {e['date'][:10]}"
+    commit = (e["commit"] or "unknown")[:9]
+    return f"### {_plain(gpu)}: whole training steps\n\n{_plain(f'{versions}, commit {commit}')}.\n\n{table}"
+
+
 def _machine(machine: Machine) -> Iterator[str]:
-    """Nothing where the GPU has neither products nor layers."""
+    """Nothing where the GPU has none of products, layers, convolutions, and figures of PSGD's step and of BHQ."""
     tables = {suite: [row for m in machine.cases() if (row := _row(m, suite))] for suite in TITLES}
-    runs = list(dict.fromkeys(row.run.file for rows in tables.values() for row in rows))
+    figures = [v for v in facts.verdicts(machine) if v.name in METHODS and v.value]
+    kinds = [convs.title(network) for network in CONVOLUTIONS]
+    convolved = [m for m in machine.cases() if m.case["suite"] in kinds and _fastest(m.case, (*BF16, *convs.RECIPES))]
+    measured = [
+        *(row.run for rows in tables.values() for row in rows),
+        *(v.run for v in figures),
+        *(m.run for m in convolved),
+    ]
+    runs = list(dict.fromkeys(run.file for run in measured))
     if not runs:
         return
     yield f"### {_plain(machine.name)}"
@@ -68,6 +104,38 @@ def _machine(machine: Machine) -> Iterator[str]:
             ratios = [row.ratio[0] for row in rows if row.ratio]
             gains = f"{TITLES[suite]}; int8 is faster in {sum(r > 1 for r in ratios)} of {len(ratios)}:"
             yield f"{gains}\n\n{_table(suite, rows, runs)}"
+    if figures:
+        yield f"A step of PSGD (T7), and what BHQ costs (T8):\n\n{_figures(figures, runs)}"
+    for network in CONVOLUTIONS:
+        if rows := convs.rows(network, (m.case for m in convolved)):
+            yield _convolutions(network, rows)
+
+
+def _convolutions(network: str, rows: Sequence[convs.Row]) -> str:
+    """By recipe: in how many shapes it is faster than bf16, and the time of all layers, each as often as there is one."""
+    layers, total = [row for row in rows if row.of], next((row for row in rows if row.of is None), None)
+    said = []
+    for recipe in convs.RECIPES:
+        ratios = [ratio for row in layers if (ratio := row.ratio(recipe))]
+        if not ratios:
+            continue
+        said.append(f"{recipe} is faster in {sum(ratio > 1 for ratio in ratios)} of {len(ratios)} shapes")
+        if total and (over := total.ratio(recipe)):
+            ms = f"{digits(total.ours[recipe])} ms instead of {digits(total.bf16)}"
+            said[-1] += f", all {total.count} convolutions together take {ms} ({over:.2f}×)"
+    if judged := [row.wrong for row in layers if row.wrong is not None]:
+        said.append(f"the cost model was wrong about int8 in {sum(judged)} of {len(judged)}")
+    what = (
+        f"Convolutions of {network}, batch {layers[0].of.n}, forward and backward, against cuDNN's bf16, channels_last"
+    )
+    return f"{what}: {'; '.join(said) or 'no figure'}."
+
+
+def _figures(figures: Sequence[facts.Verdict], runs: Sequence[str]) -> str:
+    """Of targets: what was measured, the bound, and whether it is met."""
+    lines = [("", "figure", "measured", "target", "", "run"), ("---", "---", "---:", "---:", "---", "---:")]
+    lines += [(v.name, v.what, v.value, v.bound, v.verdict, str(runs.index(v.run.file) + 1)) for v in figures]
+    return "\n".join(f"| {' | '.join(line if len(runs) > 1 else line[:-1])} |" for line in lines)
 
 
 def _runs(runs: Sequence[Run]) -> str:
@@ -210,6 +278,22 @@ def results(folder: Path) -> list[Run]:
     return runs
 
 
+def whole_results(folder: Path) -> list[Figures]:
+    """The results of `fqt_bench.end_to_end` in a folder's folders; what is none is said on stderr."""
+    found = []
+    for path in sorted(folder.glob(f"*/{WHOLES}")):
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            if result["kind"] != KIND:
+                raise ValueError(f"a result of kind {result['kind']!r}")
+            _whole("", result)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+            print(f"fqt_bench.readme: {path}: {type(e).__name__}: {e}", file=sys.stderr)
+        else:
+            found.append(result)
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fqt_bench.readme", description=__doc__.splitlines()[0])
     act = parser.add_mutually_exclusive_group()
@@ -226,7 +310,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    table = block(results(args.results or environment.default_out()))
+    folder = args.results or environment.default_out()
+    table = block(results(folder), whole_results(folder))
     if not (args.check or args.write):
         print(table)
         return 0

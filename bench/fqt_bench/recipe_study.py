@@ -18,6 +18,7 @@ Source of the two variances: StatQuant (arXiv 2010.14298) section 3.3 and its pu
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import statistics
@@ -367,8 +368,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             plan = plan._replace(steps=args.steps or plan.steps)
             result = whole(data, plan, args.seeds, more, FAMILIES, args.bits, BITS, BASELINES, lines)
         environment.write(args.out, result)
-    recipe_plots.draw(result, (args.report or args.out).with_suffix(".png"))
     print(recipe_tables.tables(result))
+    if importlib.util.find_spec("matplotlib") is None:
+        print("recipe study: no plot: matplotlib is not installed", file=sys.stderr)
+    else:
+        recipe_plots.draw(result, (args.report or args.out).with_suffix(".png"))
     return 0
 
 
