@@ -1,14 +1,16 @@
 """What BHQ costs: the stages and their bytes, the authors' way, target T8, and the study of bit-widths."""
 
 import statistics
+from collections import defaultdict
 
+import bench_fabricated as fake
 import pytest
 import torch
 from bench_fakes import ONCE, FakeTimer, record
 
 from fqt import cost, demo
 from fqt.householder import Householder
-from fqt_bench import authors_way, bits_study, householder, householder_stages
+from fqt_bench import authors_way, bits_study, householder, householder_stages, sections
 from fqt_bench.harness import Budget, Wrong, measure
 from fqt_bench.householder import FORMS, SOURCES, Sizes, costs
 from fqt_bench.suites import FRONTIER, plans
@@ -238,6 +240,39 @@ def test_the_table_divides_times_by_the_products_and_by_psqs():
     assert last.split() == ["statistics", "0.250", "12.5", "%", "12.5-12.5", "%", "0.500×", "1000"]
     *_, alone = costs(_timed(statistics=0.25)).splitlines()
     assert alone.split() == ["statistics", "0.250", "1000"]  # no product, no ratio
+
+
+def test_the_width_from_which_on_bhq_costs_less_than_a_tenth_is_of_the_measured_pieces():
+    pieces = {"product": 4.0, "psq": 0.5, "statistics": 0.25, "grouping global": 0.25, "grouping tile": 0.0625,
+              "transform global": 0.75, "transform tile": 0.75, "inverse global": 0.15, "inverse tile": 4.5}  # fmt: skip
+    times = {**pieces, "psq whole": 4.5, "whole global": 5.4, "whole tile": 5.625}
+
+    def rows(**other):
+        return householder.break_evens(_timed(**{**times, **other}))
+
+    # Beyond PSQ 0.25 + 0.25 + 0.75 - 0.5 = 0.75 ms, and 0.15 of each 4: 0.75 + 0.15·r = 0.05 + 0.4·r at r = 2.8.
+    at, tile = rows()
+    assert at.width == 22938 and (at.extra, at.share) == pytest.approx((0.9, 0.2))
+    assert tile.width == float("inf") and tile.cells() == ("BHQ tile", "1.12", "25 %", "never")  # 4.5 - 4 > 0.4
+    assert rows(**{"inverse global": 0.41})[0].cells()[-1] == "never"
+    assert rows(**{"transform global": 0.05})[0].cells()[-1] == "1"  # 0.05 ms, a tenth of PSQ's quantization
+    assert rows(**{"inverse tile": 4.125})[1].width == 15267  # 0.5625 + 0.125·r = 0.05 + 0.4·r
+    alone = {tag: ms for tag, ms in times.items() if tag != "statistics"}
+    assert {row.width for row in householder.break_evens(_timed(**alone))} == {None}
+    assert householder.break_evens(_timed(**pieces)) == []
+    assert costs(_timed(**times)).splitlines()[-1].split()[-1] == "never"
+    run = fake.machine(
+        fake.result(
+            fake.case(
+                "householder",
+                "8192x8192x8192",
+                *(fake.candidate(tag, ms, tag=tag) for tag, ms in times.items()),
+                unit="ms",
+            )
+        )
+    )
+    (shown,) = [b for b in sections._cases([run], defaultdict(str)) if "BHQ against PSQ" in getattr(b, "caption", "")]
+    assert [row[-1] for row in shown.rows] == ["22938", "never"]
 
 
 # ---- the study of bit-widths

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections import defaultdict
 from dataclasses import replace
 
 import bench_fabricated as fake
@@ -13,7 +14,7 @@ from torch import nn
 import fqt
 from fqt.int8_weight import Int8Weight
 from fqt.optim import PSGD, PSGDAdamW
-from fqt_bench import counters, facts, psgd, steps, suites, targets
+from fqt_bench import counters, facts, psgd, sections, steps, suites, targets
 from fqt_bench.harness import Budget, Wrong, measure
 from fqt_bench.parameters import LLAMA_8B, RESNET50, SMALL_LLAMA, SMALL_RESNET50, TINY, Parameters
 from fqt_bench.targets import TARGETS
@@ -306,6 +307,26 @@ def test_a_case_that_goes_by_time_shows_its_bytes_a_second_and_launches_go_by_th
     assert [row[5] for row in rows[:2]] == ["20.0 GB/s", ""]
     assert [facts.rate(case, c) for c in case["candidates"]] == [20.0, None] and facts.rate_unit(case) == "GB/s"
     assert [row[6] for row in rows[2:]] == ["1.00", "1.00", "4.00"]
+
+
+def test_a_step_is_shown_beside_the_copy_of_its_own_case_and_its_launches():
+    found = (fake.candidate("sgd", gb_s=1500.0), fake.candidate("psgd", gb_s=1860.0), fake.failed("bad", "wrong", "off"),
+             fake.candidate("copied", gb_s=2000.0, tag="step copy"))  # fmt: skip
+    case = fake.case("psgd step, x", "2x8", *found, unit="ms")
+    assert psgd.of_the_copy(case) == {"sgd": 0.75, "psgd": 0.93, "copied": 1.0}
+    launches = [{"name": name, "shape": shape, "kernels": n, "copies": 0, "by_name": {}}
+                for name, shape, n in (("psgd", "2x8", 3), ("sgd", "2x9", 7))]  # fmt: skip
+    printed = psgd.shares(case, launches).splitlines()
+    assert any(line.split() == ["psgd", "1860", "93.0", "%", "3"] for line in printed)
+    assert any(line.split() == ["sgd", "1500", "75.0", "%"] for line in printed)  # of another shape
+    (m,) = fake.machine(fake.result(case, launches=launches)).cases()
+    shown = sections._case(m, defaultdict(str), False)
+    first = shown.header.index("of the copy")
+    assert [row[first : first + 2] for row in shown.rows] == [
+        ("75.0 %", "–"), ("93.0 %", "3"), ("–", "–"), ("100.0 %", "–")]  # fmt: skip
+    assert [shown.header[i] for i in shown.right][-1] == "p10 to p90"
+    without = fake.case("psgd step, x", "2x8", *found[:3], unit="ms")
+    assert psgd.shares(without) == ""
 
 
 # ---- T7

@@ -24,6 +24,7 @@ What BHQ costs beyond PSQ, target T8, is the whole input gradient of the one les
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -306,7 +307,63 @@ def costs(record: dict[str, Any]) -> str:
         interval = "" if of is None else f"{_short(100 * of.low)}-{_short(100 * of.high)} %"
         rows.append((name, _short(c["ms"]["median"]), "" if of is None else f"{_short(100 * of.value)} %", interval,
                      "" if psq is None else f"{_short(psq.value)}×", _short(c["gb_s"] * c["ms"]["median"])))  # fmt: skip
-    return table(header, rows, right=(1, 2, 3, 4, 5))
+    printed = table(header, rows, right=(1, 2, 3, 4, 5))
+    beyond = [row.cells() for row in break_evens(record)]
+    return printed + ("\n\n" + table(BREAK_EVEN_HEADER, beyond, right=(1, 2, 3)) if beyond else "")
+
+
+# ---- from which width on
+
+
+OVERHEAD = 0.1  # of PSQ's whole input gradient
+BREAK_EVEN_HEADER = ("input gradient", "ms beyond PSQ", "of PSQ's", f"below {100 * OVERHEAD:.0f} % from K")
+
+
+@dataclass(frozen=True)
+class BreakEven:
+    """extra: ms of dX with BHQ beyond dX with PSQ, as measured whole. share: of PSQ's. width: the least K from which on the
+    overhead is at most `OVERHEAD`, by the measured pieces; inf: never; None: a piece was not measured."""
+
+    form: str
+    extra: float
+    share: float
+    width: float | None
+
+    def cells(self) -> tuple[str, str, str, str]:
+        width = "not measured" if self.width is None else "never" if math.isinf(self.width) else f"{self.width:.0f}"
+        return f"BHQ {self.form}", f"{self.extra:.3g}", f"{100 * self.share:.3g} %", width
+
+
+def break_evens(record: dict[str, Any]) -> list[BreakEven]:
+    """BHQ against PSQ, of a measured case (M, N, K), for groups of all rows and in tiles; none where dX was not measured."""
+    ms = {c["tag"]: c["ms"]["median"] for c in record["candidates"] if c["status"] == "ok" and c["tag"]}
+    found = []
+    for form in ("global", "tile"):
+        if "psq whole" in ms and f"whole {form}" in ms:
+            extra = ms[f"whole {form}"] - ms["psq whole"]
+            width = _width(ms, form, int(record["shape"].split("x")[2]))
+            found.append(BreakEven(form, extra, extra / ms["psq whole"], width))
+    return found
+
+
+def _width(ms: dict[str, float], form: str, k: int) -> float | None:
+    """The least K' with C + I·K'/K <= OVERHEAD·(Q + P·K'/K), for which that holds from there on; see `BreakEven.width`.
+
+    Assumes, M and N fixed: the time of the product P and of the inverse I is linear in K; that of PSQ's quantization Q and
+    of what BHQ does beyond it before the product, C = statistics + grouping + transform − Q, does not depend on K. I of a
+    product with the inverse is what it takes beyond P. That a product before an inverse writes float32 is not counted.
+    """
+    fused = form == "tile" and "inverse tile" in ms
+    pieces = ("product", "psq", "statistics", f"grouping {form}", f"transform {form}",
+              "inverse tile" if fused else "inverse global")  # fmt: skip
+    if any(tag not in ms for tag in pieces):
+        return None
+    product, psq, *before, inverse = (ms[tag] for tag in pieces)
+    inverse -= product if fused else 0.0
+    fixed, gain = sum(before) - psq - OVERHEAD * psq, OVERHEAD * product - inverse
+    if gain < 0 or (gain == 0 and fixed > 0):
+        return math.inf
+    return 1.0 if fixed <= 0 else max(1.0, math.ceil(k * fixed / gain))
 
 
 def _over(ok: dict[str, dict[str, Any]], tag: str) -> dict[str, Ratio]:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import fqt
 import fqt.nn
 from fqt import dispatch
+from fqt.cli import table
 from fqt.int8_weight import Int8Weight, hold_int8_
 from fqt.optim import PSGD, PSGDAdamW, loop
 from fqt.optim.options import position_of
@@ -216,6 +217,23 @@ def _parameters(values: list[Tensor], codes: str) -> tuple[list[nn.Parameter], l
     if codes == "held":
         hold_int8_(nn.ModuleList(layers.values()))
     return [layers[i].weight if i in layers else nn.Parameter(v) for i, v in enumerate(values)], list(layers.values())
+
+
+def of_the_copy(record: dict[str, Any]) -> dict[str, float]:
+    """The bytes a second of each measured candidate over those of the copy of the same case, by name; empty without one."""
+    ok = {c["name"]: c for c in record["candidates"] if c["status"] == "ok" and c["gb_s"]}
+    copy = next((c["gb_s"] for c in ok.values() if c["tag"] == "step copy"), None)
+    return {} if copy is None else {name: c["gb_s"] / copy for name, c in ok.items()}
+
+
+def shares(record: dict[str, Any], launches: Iterable[dict[str, Any]] = ()) -> str:
+    """What a measured case moves: GB/s, its share of the copy's, and the kernels counted in the entries of `launches`."""
+    kernels = {r["name"]: str(r["kernels"]) for r in launches if r["shape"] == record["shape"]}
+    share = of_the_copy(record)
+    rows = [(c["name"], f"{c['gb_s']:.4g}", f"{100 * share[c['name']]:.1f} %", kernels.get(c["name"], ""))
+            for c in record["candidates"] if c["name"] in share]  # fmt: skip
+    header = (f"{record['suite']} {record['shape']}", "GB/s", "of the copy", "launches")
+    return table(header, rows, right=(1, 2, 3)) if rows else ""
 
 
 def _copy(moved: float, device: torch.device) -> Candidate:

@@ -10,7 +10,7 @@ from typing import Any
 
 from fqt.suites import CONVOLUTIONS
 
-from . import convs, facts
+from . import convs, facts, householder, psgd
 from .facts import NOT_MEASURED, Grid, Machine, Measured
 from .reading import Run
 from .targets import GEMM, LINEAR
@@ -174,6 +174,8 @@ def _cases(machines: Sequence[Machine], number: dict[int, str]) -> Iterator[Bloc
                 _ratio(m.case) for m in found if sum(facts.ratio(c) is not None for c in m.case["candidates"]) > 1
             )
             yield from (_case(m, number, folded=len(found) > MANY) for m in found)
+            if suite.startswith(householder.SUITE):
+                yield from _break_even(found)
 
 
 def _ratio(case: dict[str, Any]) -> Figure:
@@ -192,11 +194,20 @@ def _shape(case: dict[str, Any]) -> str:
 def _case(m: Measured, number: dict[int, str], folded: bool) -> Table:
     rated = any(facts.rate(m.case, c) is not None for c in m.case["candidates"])
     expected = any(c["prediction"] for c in m.case["candidates"])
+    shares = psgd.of_the_copy(m.case)
+    launches = {r["name"]: str(r["kernels"]) for r in m.run.result["launches"] if r["shape"] == m.case["shape"]}
+    counted = bool(shares and launches)
     columns = [
         ("candidate", lambda c: c["name"]),
         ("status", lambda c: Mark(c["status"])),
         ("ratio (95 %)", lambda c: _interval(facts.ratio(c))),
         *([(facts.rate_unit(m.case), lambda c: _number(facts.rate(m.case, c)))] if rated else []),
+        *(
+            [("of the copy", lambda c: f"{100 * shares[c['name']]:.1f} %" if c["name"] in shares else "–")]
+            if shares
+            else []
+        ),
+        *([("launches", lambda c: launches.get(c["name"], "–"))] if counted else []),
         ("ms, median", lambda c: _times(c)[0]),
         ("p10 to p90", lambda c: _times(c)[1]),
         *([("predicted", lambda c: c["prediction"] or "–")] if expected else []),
@@ -206,7 +217,14 @@ def _case(m: Measured, number: dict[int, str], folded: bool) -> Table:
     header = tuple(title for title, _ in columns)
     rows = tuple(tuple(of(c) for _, of in columns) for c in m.case["candidates"])
     caption = f"{_shape(m.case)}: against {m.case['baseline']}, run {number[id(m.run)]}, {m.case['rounds']} rounds"
-    return Table(caption, header, rows, tuple(range(2, 6 if rated else 5)), folded)
+    return Table(caption, header, rows, tuple(range(2, 5 + rated + bool(shares) + counted)), folded)
+
+
+def _break_even(found: Sequence[Measured]) -> Iterator[Table]:
+    rows = tuple((_shape(m.case), *row.cells()) for m in found for row in householder.break_evens(m.case))
+    if rows:
+        yield Table("BHQ against PSQ; K by the measured pieces, rows and outputs fixed",
+                    ("shape", *householder.BREAK_EVEN_HEADER), rows, right=(2, 3, 4))  # fmt: skip
 
 
 def _remark(candidate: dict[str, Any]) -> str:

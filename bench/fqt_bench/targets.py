@@ -12,7 +12,7 @@ import torch
 from fqt.cli import table
 from fqt.suites import CONVOLUTIONS
 
-from . import convs
+from . import convs, psgd
 from .convs import BF16
 from .harness import DOES_NOT_FIT
 from .householder import SUITE as HOUSEHOLDER
@@ -211,6 +211,10 @@ def report(result: Result) -> str:
     if of_bhq:
         where = "on the CPU; a GPU: not measured" if e["device"] == "cpu" else "on the GPU"
         sections += [f"What BHQ costs, {where}. Times over those of the product that computes dX, and of PSQ", *of_bhq]
+    of_psgd = [text for case in result["cases"] if (text := psgd.shares(case, result["launches"]))]
+    if of_psgd:
+        where = "on the CPU; a GPU: not measured" if e["device"] == "cpu" else "on the GPU"
+        sections += [f"What a step of PSGD moves, {where}: beside the copy of the same run", *of_psgd]
     for network in CONVOLUTIONS:
         rows = convs.rows(network, result["cases"])
         if rows:
