@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .collect import Collected, Target
 
 # As in `fqt.suites` and `fqt.tuned`, whose imports would cost `fqt --help` nothing, but need not happen for it.
-SUITES = ("llama-8b", "bert-large", "vit-large", "resnet50", "cubes", "resnet-50")
+SUITES = ("llama-8b", "bert-large", "vit-large", "resnet50", "cubes", "resnet50-conv")
 DTYPES = ("bfloat16", "float16", "float32")
 _BAR = 24  # characters
 

@@ -119,7 +119,7 @@ def distinct(convolutions: Iterable[Convolution]) -> tuple[Convolution, ...]:
 
 
 CONVOLUTIONS = {"ResNet-50": distinct(resnet50(256)), "ResNet-18": distinct(resnet18(64))}
-CONVOLUTION_SUITES = {"resnet-50": CONVOLUTIONS["ResNet-50"]}  # as convolutions, not as matrix products
+CONVOLUTION_SUITES = {"resnet50-conv": CONVOLUTIONS["ResNet-50"]}  # as convolutions, not as matrix products
 
 
 def _resnet50(batch: int) -> tuple[Layer, ...]:

@@ -158,7 +158,7 @@ def test_what_a_network_asks_for_can_be_kept():
     from fqt import suites
     from fqt.candidates import candidates
 
-    met = suites.problems(["resnet-50"], H100, ["int8", "psq8"])
+    met = suites.problems(["resnet50-conv"], H100, ["int8", "psq8"])
     for p in met:
         ranking = tuple(Timing(*c, 5) for c in candidates(p)[: tuned.MAX_RANKING])
         entry = Entry(key(p), ranking, 0, (p.m, p.n, p.k))

@@ -9,6 +9,8 @@ import types
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 import fqt
 from fqt import cli
@@ -39,6 +41,16 @@ def test_live_tensors_and_their_bytes_are_counted():
     assert after.allocated - before.allocated == 2 * kept[0].nbytes
     assert after.tensors["float32 (3, 41, 7) cpu"] == 2 and len(views) == 2
     assert after.host > 0 and after.reserved is None
+
+
+def test_tensors_of_a_trace_have_no_bytes():
+    """Compiled functions keep some, of sizes that are symbols; a record is numbers."""
+    shapes = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    before = live.count(0, CPU, {})
+    traced = FakeTensorMode(shape_env=ShapeEnv()).from_tensor(torch.ones(5, 40), symbolic_context=shapes)
+    after = live.count(0, CPU, {})
+    assert not isinstance(traced.shape[0], int) and sum(after.tensors.values()) == sum(before.tensors.values()) + 1
+    assert type(after.allocated) is int and after.allocated == before.allocated
 
 
 def test_every_kind_of_container_of_fqt_is_found(monkeypatch):

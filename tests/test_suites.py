@@ -64,7 +64,7 @@ def test_there_is_one_problem_of_each_key_and_counts_add_up():
 
 def test_the_convolutions_of_resnet50_pose_their_products_as_often_as_it_has_them():
     """53 convolutions at batch 256; the first has no dgrad, and quantizes dY for wgrad alone."""
-    found = suites.problems(["resnet-50"], H100)
+    found = suites.problems(["resnet50-conv"], H100)
     keys = [tuned.key(problem) for problem in found]
     assert len(set(keys)) == len(keys)
 
@@ -76,9 +76,9 @@ def test_the_convolutions_of_resnet50_pose_their_products_as_often_as_it_has_the
     assert times("quantize_images", "nearest both") == 53 and times("quantize_images", "stochastic cols") == 1
     work = sum(p.m * p.n * p.k * n for p, n in found.items() if p.op == "conv_wgrad") / 256
     assert round(work / 1e9, 3) == 4.087  # without the last layer's 0.002
-    assert suites.convolutions(["vit-large"]) == [] and not suites.problems(["resnet-50"], H100, ["fp8"])
+    assert suites.convolutions(["vit-large"]) == [] and not suites.problems(["resnet50-conv"], H100, ["fp8"])
 
 
 def test_an_unknown_suite_is_named():
-    with pytest.raises(ValueError, match=r"'gpt-9'; there are llama-8b, .*resnet-50"):
+    with pytest.raises(ValueError, match=r"'gpt-9'; there are llama-8b, .*resnet50-conv"):
         suites.layers(["gpt-9"])

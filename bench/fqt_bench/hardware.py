@@ -84,7 +84,7 @@ def parts(root: Path, fashion: Path = FASHION) -> dict[str, Part]:
         "readme": python("speed", 60, "fqt_bench.readme --results {out}"),  # printed: it is in the part's log
         "householder": python("methods", 260, "fqt bench --suite householder --budget-s 180 --out {out}"),
         "optim": python("methods", 200, "fqt bench --suite optim --budget-s 120 --out {out}"),
-        "tune-conv": python("methods", 280, "fqt tune --suite resnet-50 --budget 3"),  # before what it makes faster
+        "tune-conv": python("methods", 280, "fqt tune --suite resnet50-conv --budget 3"),  # before what it makes faster
         "conv": python("methods", 310, "fqt bench --suite conv --budget-s 240 --out {out}"),
         "end-to-end": python("methods", 560, "fqt_bench.end_to_end --limit-s 500 --out {dir}/end-to-end-{stem}.json"),
         "methods-readme": python("methods", 60, "fqt_bench.readme --results {out}"),

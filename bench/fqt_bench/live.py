@@ -57,9 +57,10 @@ def _storage(t: Tensor) -> tuple[int, int] | None:
     """(which it is, its bytes) of a tensor's storage, None where it has none or one of unknown size: of a trace."""
     try:
         storage = t.untyped_storage()
-        return storage._cdata, storage.nbytes()
+        size = storage.nbytes()
     except RuntimeError:
         return None
+    return (storage._cdata, size) if isinstance(size, int) else None  # else a symbol's
 
 
 def _resident() -> int:
