@@ -144,8 +144,8 @@ def tuned_convolution(
     """`convolution` of the times in a tuned table, each scaled by the work to this very size; X, W and dY of `dtype`.
 
     gpu: device, arch, processors and triton of the `dispatch.Problem`. Where only a step without dX was tuned, that of a
-    network's first layer, it is that. What no operator is asked for is left out: a copy of dW where W is in channels_last
-    memory, and the scales that a product of matrices takes for each pixel.
+    network's first layer, it is that. Times are the GPU's, without gaps between launches. What no operator is asked for is
+    left out: copies of W and dW where W is in channels_last memory.
 
     Raises:
         NotModelled: an operator that the table does not have, or a layer or recipe that tuning does not cover.

@@ -72,7 +72,7 @@ def quantized(
         with device_guard(x):
             return Images(
                 *quantize_images(x, bits=quantizer.bits, granularity=quantizer.granularity, zero=zero(quantizer),
-                                 rng=random, stream=stream + 256 * rank, tile=choice.config or None, **layout)
+                                 rng=random, stream=stream + 256 * rank, tile=_tile(choice, x, channels, cols), **layout)
             )  # fmt: skip
     return conv.quantize(x, quantizer, rng=random, stream=stream, rank=rank, **layout)
 
@@ -100,7 +100,7 @@ def quantized_gradient(
             dy, *(Side(z.bits, z.granularity, zero(z)) for z in (g, h)),
             row_mul=x_scale if _folded(recipe.x) else None, col_mul=w_scale if _folded(recipe.w) else None, rng=rng,
             streams=(DGRAD + 256 * rank, WGRAD + 256 * rank), groups=geometry.groups,
-            channels=channels, sums=sums, bias=bias, tile=choice.config or None,
+            channels=channels, sums=sums, bias=bias, tile=_tile(choice, dy, channels, True),
         )  # fmt: skip
     return Images(rows[0], None, *rows[1:]), Images(None, *cols[:3]), total
 
@@ -112,6 +112,17 @@ def _chosen(x: Tensor, channels: int, call: Callable[..., Call], *words: str) ->
     last = conv_problems.has_pixels_last(x.shape, x.stride())
     asked = call(*x.shape, max(channels, x.shape[1]), last, *words)
     return choose(asked.op, x.device, *asked.sizes, x.dtype, **asked.more)
+
+
+def _tile(choice: Choice, x: Tensor, channels: int, cols: bool) -> tuple[int, ...] | None:
+    """The tile that was tuned, of dense images; None, the usual one, where none was, or where the strides of these images
+    (a slice of channels, an expanded gradient) do not have it."""
+    if not choice.config:
+        return None
+    from fqt_kernels.conv_quantize import stored_images, tiles_of
+
+    n, c, _ = x.shape
+    return choice.config if choice.config in tiles_of(x, max(channels, c), stored_images(n, cols), cols) else None
 
 
 def _folded(quantizer: Quantizer) -> bool:

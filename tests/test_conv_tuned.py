@@ -72,18 +72,27 @@ def test_a_configuration_that_does_not_fit_gives_way_to_the_next_that_does():
 
 
 @pytest.mark.parametrize("gradient", [False, True])
-def test_the_tile_that_dispatch_chose_is_launched(gradient, monkeypatch):
-    seen, tile = [], (16, 8, 16, 8)
-    monkeypatch.setattr(conv_products, "choose", lambda *_, **__: Choice("triton", tile, "", "tile"))
+def test_the_tile_that_dispatch_chose_is_launched_where_the_strides_have_it(gradient, monkeypatch):
+    """Of dense images it does; of a slice of channels, and of a gradient that was expanded, the usual one is launched."""
+    seen = []
+    dense = torch.zeros(16, 4, 16).transpose(1, 2)  # channels innermost
+    wide = conv_quantize.tiles_of(dense, 16, 16, gradient)
+    assert len(wide) == 2
+    monkeypatch.setattr(conv_products, "choose", lambda *_, **__: Choice("triton", wide[0], "", "tile"))
     monkeypatch.setattr(conv_products, "Images", lambda *_: None)
     for name in ("quantize_images", "quantize_gradient_images"):
         monkeypatch.setattr(conv_quantize, name, lambda *_, **more: seen.append(more["tile"]) or ((None,) * 4,) * 3)
-    x, one = torch.zeros(2, 16, 4), torch.ones(2)
-    if gradient:
-        conv_products.quantized_gradient(x, INT8, ONE, one, one, False, False, rng=one, rank=0)
-    else:
-        conv_products.quantized(x, INT8.x, groups=1, channels=16)
-    assert seen == [tile]
+    sliced = torch.zeros(16, 4, 25)[:, :, 3:19].transpose(1, 2)
+    expanded = torch.zeros(16, 10, 1).expand(16, 10, 64)
+    for x in (dense, sliced, expanded):
+        one = torch.ones(x.shape[1])
+        if gradient:
+            conv_products.quantized_gradient(x, INT8, ONE, one, one, False, False, rng=one, rank=0)
+        else:
+            conv_products.quantized(x, INT8.x, groups=1, channels=x.shape[1])
+        tiles = conv_quantize.tiles_of(x, x.shape[1], 16, gradient)
+        assert seen.pop() == (wide[0] if wide[0] in tiles else None), x.shape
+    assert wide[0] not in tiles
 
 
 # ---- reports, on a CPU that passes for an H100

@@ -67,20 +67,16 @@ def is_worth_it(arch: str, name: str) -> bool:
     """Whether a launch is compiled for the architecture.
 
     With the pinned Triton all for sm_90; for sm_80 all but variants and most quantizations of images. Else those that need
-    the most of each kernel and configuration, and those that dispatch chooses without being asked: for sm_120, whose
-    instructions are sm_80's, and with other Tritons for sm_80 and sm_100 the products alone, for sm_120 without
-    convolutions; with other Tritons for gfx942 neither steps of optimizers nor groups and their transform; for sm_89 of the
-    integers, whose instructions are sm_80's, not the longest epilogues.
+    the most of each kernel and configuration, and those that dispatch chooses without being asked: with other Tritons for
+    all but sm_90, and for sm_120, whose instructions are sm_80's, the products alone, for sm_120 without convolutions; for
+    sm_89 of the integers, whose instructions are sm_80's, not the longest epilogues.
     """
     if PINNED and arch == "sm_90":
         return True
     words = name.split()
-    if not re.match(r"\d+x\d+x\d+ ", name) and (arch == "sm_120" or (arch in ("sm_80", "sm_100") and not PINNED)):
+    if not re.match(r"\d+x\d+x\d+ ", name) and (arch == "sm_120" or (arch != "sm_90" and not PINNED)):
         return False
     if arch == "sm_120" and {"conv", "wgrad"} & set(words):
-        return False
-    steps, groups = ("psgd", "int8"), ("row", "groups", "bhq", "inverse")  # without tensor cores, as on sm_90
-    if not PINNED and arch == "gfx942" and words[0] in steps + groups:
         return False
     complete = PINNED and arch == "sm_80" and words[0] != "images"
     few = (
