@@ -230,7 +230,7 @@ def _brief(result) -> str:
 
 
 def _dry_run(args: argparse.Namespace) -> int:
-    from . import tuner
+    from . import tuned, tuner
     from .candidates import candidates
     from .tuner_cases import describe, title
 
@@ -243,22 +243,23 @@ def _dry_run(args: argparse.Namespace) -> int:
     ]
     if args.json:
         print(json.dumps([
-            {"problem": describe(problem), "count": count, "tuned": known.exact(problem) is not None,
+            {"problem": describe(problem), "count": count, "tuned": tuned.is_complete(known.exact(problem)),
              "candidates": [title(c) for c in competing]} for problem, count, competing in found
         ], indent=1))  # fmt: skip
         return 0
     rows = [
         (describe(problem), str(count), str(len(competing)),
-         title(competing[0]) if competing else "none: the reference computes it", "yes" if known.exact(problem) else "")
+         title(competing[0]) if competing else "none: the reference computes it",
+         "yes" * tuned.is_complete(known.exact(problem)))
         for problem, count, competing in found
     ]  # fmt: skip
     uses = Counter(title(c) for *_, competing in found for c in competing)
     print(table(("problem", "count", "candidates", "heuristic", "tuned"), rows, right=(1, 2)))
     print()
     print(table(("candidate", "problems"), [(name, str(n)) for name, n in sorted(uses.items())], right=(1,)))
-    tuned = sum(known.exact(problem) is not None for problem, *_ in found)
+    known_already = sum(tuned.is_complete(known.exact(problem)) for problem, *_ in found)
     print(f"\n{len(found)} problems on {target.arch} with {target.processors} processors, {sum(uses.values())} "
-          f"candidates to measure, {tuned} problems tuned already; nothing was run")  # fmt: skip
+          f"candidates to measure, {known_already} problems tuned already; nothing was run")  # fmt: skip
     return 0
 
 

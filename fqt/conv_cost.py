@@ -32,12 +32,12 @@ from .cost import (
     _pass,
     _quantization,
     _rate,
-    _tuned_ms,
     linear,
     product,
 )
 from .dispatch import Choice, Problem, select, triton_version
 from .recipe import Recipe
+from .tuned_cost import Dtypes, NotTuned, tuned_ms
 
 if TYPE_CHECKING:
     from .tuned import Table
@@ -139,7 +139,7 @@ def convolution(shape: Shape, recipe: Recipe, ceilings: Ceilings) -> Prediction:
 
 
 def tuned_convolution(
-    shape: Shape, recipe: Recipe, table: Table, dtype: str = "bfloat16", channels_last: bool = True, **gpu
+    shape: Shape, recipe: Recipe, table: Table, dtype: str | Dtypes = "bfloat16", channels_last: bool = True, **gpu
 ) -> Prediction:
     """`convolution` of the times in a tuned table, each scaled by the work to this very size; X, W and dY of `dtype`.
 
@@ -148,15 +148,19 @@ def tuned_convolution(
     left out: copies of W and dW where W is in channels_last memory.
 
     Raises:
-        NotModelled: an operator that the table does not have, or a layer or recipe that tuning does not cover.
+        NotTuned: operators that the table does not have.   NotModelled: a layer or recipe that tuning does not cover.
     """
-    s, problems = shape, operators(shape, recipe, dtype, channels_last, **gpu)
-    if table.exact(problems["dgrad"]) is None:
-        problems = operators(shape, recipe, dtype, channels_last, first=True, **gpu)
-    ms = {name: _tuned_ms(name, problem, table) for name, problem in problems.items()}
+    s = shape
+    try:
+        ms = tuned_ms(operators(s, recipe, dtype, channels_last, **gpu), table)
+    except NotTuned as e:
+        if "dgrad" not in e.missing:
+            raise
+        try:
+            ms = tuned_ms(operators(s, recipe, dtype, channels_last, first=True, **gpu), table)
+        except NotTuned:
+            raise e from None
     done = {name: size for name, size in s.products.items() if name in ms}
-    if missing := [name for name in done if not ms[name][0]]:
-        raise NotModelled(f"{missing[0]} was not tuned beside bf16")
     ms["W"] = 0.0, ms["W"][1] + ms.pop("arranging W")[1]
     products = tuple(Product(name, size, *ms[name]) for name, size in done.items())
     passes = tuple(Pass(name, s.elements[name], size, ms[name][1]) for name, (size, _) in traffic(recipe).items())
@@ -164,7 +168,7 @@ def tuned_convolution(
 
 
 def operators(
-    s: Shape, recipe: Recipe, dtype: str, channels_last: bool, *, first: bool = False, **gpu
+    s: Shape, recipe: Recipe, dtype: str | Dtypes, channels_last: bool, *, first: bool = False, **gpu
 ) -> dict[str, Problem]:
     """What a training step of a layer asks dispatch for, by the names of `Prediction`'s parts; and "arranging W".
 
@@ -185,9 +189,14 @@ def operators(
     of_dy = (h.granularity, h.rounding, "cols") if first else (recipe.dgrad.granularity, h.granularity)
     calls["dY"] = s.quantization("dY", channels_last, *of_dy)
     calls["arranging W"] = conv_problems.arranged(o, s.channels // s.groups, s.taps, s.groups)
-    found = {name: Problem(call.op, *call.sizes, dtype=dtype, **call.more, **gpu) for name, call in calls.items()}
+    of = Dtypes.of(dtype)
+    dtypes = {"X": of.x, "dY": of.dy}  # of the others' codes there is but one
+    found = {
+        name: Problem(call.op, *call.sizes, dtype=dtypes.get(name, of.x), **call.more, **gpu)
+        for name, call in calls.items()
+    }
     kind = f"{recipe.w.granularity} {recipe.w.rounding} rows"
-    return found | {"W": Problem("quantize", o, s.elements["W"] // o, dtype=dtype, kind=kind, **gpu)}
+    return found | {"W": Problem("quantize", o, s.elements["W"] // o, dtype=of.w, kind=kind, **gpu)}
 
 
 def traffic(recipe: Recipe) -> dict[str, tuple[int, int]]:

@@ -9,7 +9,12 @@ Importing this module imports neither torch nor Triton.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from .dispatch import Problem
 
 PRODUCTS = ("conv", "conv_wgrad")
 QUANTIZATIONS = ("quantize_images", "quantize_gradient_images")
@@ -32,6 +37,9 @@ GRAMMAR = {
 }
 
 
+_kept = functools.lru_cache(maxsize=4096)  # operators ask several times for each layer and step
+
+
 class Call(NamedTuple):
     """What `dispatch.choose` is asked, but for device and dtype."""
 
@@ -51,6 +59,7 @@ class Call(NamedTuple):
         return {"kind": self.kind, "geometry": self.geometry}
 
 
+@_kept
 def product(
     geometry, images: int, rows: int, channels: int, stored: int, transposed: bool, channels_last: bool = True
 ) -> Call:
@@ -62,6 +71,7 @@ def product(
     return Call("conv", *sizes, kind, (images, channels, *numbers(g)))
 
 
+@_kept
 def wgrad(geometry, images: int, rows: int, channels: int, stored: int) -> Call:
     """dW of so many rows and channels of a group, from codes of so many images, `stored` with padding."""
     g = geometry
@@ -70,6 +80,7 @@ def wgrad(geometry, images: int, rows: int, channels: int, stored: int) -> Call:
     return Call("conv_wgrad", *sizes, _words(*_where(g), few(images)), (images, channels, *numbers(g)))
 
 
+@_kept
 def quantization(
     images: int,
     channels: int,
@@ -85,6 +96,7 @@ def quantization(
     return Call("quantize_images", images * pixels, channels, 0, kind, (images, stored))
 
 
+@_kept
 def gradient(
     images: int, channels: int, pixels: int, stored: int, pixels_last: bool, for_dgrad: str, for_wgrad: str
 ) -> Call:
@@ -93,6 +105,7 @@ def gradient(
     return Call("quantize_gradient_images", images * pixels, channels, 0, kind, (images, stored))
 
 
+@_kept
 def arranged(rows: int, channels: int, taps: int, groups: int) -> Call:
     """The codes of W (rows, channels of a group, taps) put in order for fprop and dgrad (`fqt.conv.filters`)."""
     kind = _words(_of(groups, "groups"), _of(taps, "taps"))
@@ -128,6 +141,19 @@ def path_of(problem) -> str:
         return "implicit"
     found = path(Numbers.of(problem), problem.geometry[1])
     return "implicit" if found == "im2col" and (problem.op == "conv_wgrad" or "dgrad" in problem.kind) else found
+
+
+def of_matrices(path: str, m: int, n: int, k: int) -> tuple[int, int, int]:
+    """The product of matrices that one of these sizes is ("pointwise"), or is made ("im2col")."""
+    return m, n, padded(k) if path == "im2col" else k
+
+
+def part(problem: Problem) -> Problem | None:
+    """The product of matrices that one of a convolution may be computed as; None where it is none."""
+    if problem.op not in PRODUCTS or (way := path_of(problem)) == "implicit":
+        return None
+    m, n, k = of_matrices(way, problem.m, problem.n, problem.k)
+    return replace(problem, op="scaled_mm", m=m, n=n, k=k, kind="", geometry=())
 
 
 def is_pointwise(g) -> bool:

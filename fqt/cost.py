@@ -7,7 +7,7 @@ recipe. R and BW are `Ceilings`: rates that `fqt bench` measured on the same GPU
 GPU with a known number of processors the tiles of each product are counted in waves, and each kernel costs its launch.
 `python -m fqt_bench.calibrate` fits the constants to what was measured on a GPU.
 A prediction is never a measurement: it says "measured" or "datasheet" for where its ceilings come from. Where every
-operator of a layer was tuned on the GPU, `tuned_linear` adds up the times that tuning took instead, and says "tuned".
+operator of a layer was tuned on the GPU, `fqt.tuned_cost` adds up the times that tuning took instead, and says "tuned".
 
 Importing this module imports neither torch nor Triton.
 """
@@ -21,13 +21,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .dispatch import Choice, Problem, device_info, select, triton_version
 from .recipe import Quantizer, Recipe
-
-if TYPE_CHECKING:
-    from .tuned import Table
 
 SOURCES = ("measured", "datasheet")
 ELEMENT = 2  # bytes of bf16; of a code: 1
@@ -179,50 +175,6 @@ def linear(m: int, n: int, k: int, recipe: Recipe, ceilings: Ceilings) -> Predic
 def _products(m: int, n: int, k: int) -> dict[str, tuple[int, int, int]]:
     """(rows, columns, terms) of a layer's three products."""
     return {"fprop": (m, n, k), "dgrad": (m, k, n), "wgrad": (n, k, m)}
-
-
-def tuned_linear(m: int, n: int, k: int, recipe: Recipe, table: Table, dtype: str = "bfloat16", **gpu) -> Prediction:
-    """`linear` of the times in a tuned table, each scaled by the work to this very size; X, W and dY of `dtype`.
-
-    gpu: device, arch, processors and triton of the `dispatch.Problem`.
-
-    Raises:
-        NotModelled: an operator that the table does not have, or a recipe that tuning does not cover.
-    """
-    problems = operators(m, n, k, recipe, dtype, **gpu)
-    ms = {name: _tuned_ms(name, problem, table) for name, problem in problems.items()}
-    products = tuple(Product(name, shape, *ms[name]) for name, shape in _products(m, n, k).items())
-    passes = tuple(
-        Pass(name, problems[name].m * problems[name].n, size, ms[name][1])
-        for name, (size, _) in traffic(recipe).items()
-    )
-    return Prediction(products, passes, _CODES[recipe.format], "tuned")
-
-
-def operators(m: int, n: int, k: int, recipe: Recipe, dtype: str, **gpu) -> dict[str, Problem]:
-    """What a training step of a layer asks dispatch for, by the names of `Prediction`'s parts. Raises NotModelled."""
-    quantizers = (recipe.x, recipe.w, recipe.dgrad, recipe.wgrad)
-    if None in quantizers or any(q.householder for q in quantizers):
-        raise NotModelled(f"recipe {recipe} does more than tuned kernels do")
-    if {recipe.dgrad.rounding, recipe.wgrad.rounding} != {"stochastic"}:
-        raise NotModelled(f"recipe {recipe} does not quantize dY by the kernel that tuning measures")
-    gpu |= {"format": recipe.format}
-    found = {name: Problem("scaled_mm", *shape, **gpu) for name, shape in _products(m, n, k).items()}
-    for name, (rows, columns), q in (("X", (m, k), recipe.x), ("W", (n, k), recipe.w)):
-        kind = f"{q.granularity} {q.rounding} both"
-        found[name] = Problem("quantize", rows, columns, dtype=dtype, kind=kind, **gpu)
-    kind = f"{recipe.dgrad.granularity} {recipe.wgrad.granularity}"
-    return found | {"dY": Problem("quantize_gradient", m, n, dtype=dtype, kind=kind, **gpu)}
-
-
-def _tuned_ms(name: str, problem: Problem, table: Table) -> tuple[float, float]:
-    """(bf16's, ours), 0 for bf16 where it has no such operator."""
-    entry = table.exact(problem)
-    if entry is None or not (entry.bf16_ns or problem.op != "scaled_mm"):
-        raise NotModelled(f"{name} was not tuned")
-    sizes = ((p or 1) / (e or 1) for p, e in zip((problem.m, problem.n, problem.k), entry.exact, strict=True))
-    scale = 1e-6 * math.prod(sizes)
-    return scale * entry.bf16_ns, scale * entry.ranking[0].ns
 
 
 def traffic(recipe: Recipe) -> dict[str, tuple[int, int]]:

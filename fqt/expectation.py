@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from . import conv_cost, conv_nn, conv_ops, conv_problems, cost, tuning
+from . import conv_cost, conv_nn, conv_ops, conv_problems, cost, tuned_cost, tuning
 from .conv_cost import Shape
 from .dispatch import Choice, device_info, problem, select, triton_version
 from .layer import QuantizedLayer
 from .nn import Linear
 from .recipe import Recipe
+from .tuned_cost import Dtypes, NotTuned
+
+T = TypeVar("T")
 
 
 class Expectation(NamedTuple):
@@ -40,14 +43,19 @@ def of_linear(layer: nn.Linear, recipe: Recipe, rows: int) -> Expectation:
     device = layer.weight.device
     choice = _choice("scaled_mm", device, rows, *layer.weight.shape, dtype=layer.weight.dtype, format=recipe.format)
     try:
-        expected = _predict(rows, layer, recipe, device, choice)
+        expected, untuned = _predict(rows, layer, recipe, choice)
     except cost.NotModelled as e:
         return Expectation(choice.backend, None, str(e), choice.reason)
     reason = choice.reason
     if expected.ratio < 1:
         times = f"{expected.bf16_ms:.3g} ms, quantized {expected.ms:.3g} ms for {rows} rows"
         reason = f"bf16 is expected to be faster here: {times}"
-    return Expectation(choice.backend, expected.ratio, expected.source, reason)
+    return Expectation(choice.backend, expected.ratio, expected.source, _also(reason, untuned))
+
+
+def _also(reason: str, untuned: str) -> str:
+    """With why the prediction is not made of the times that were tuned."""
+    return "; ".join(filter(None, (reason, untuned and f"the tuned times were of no use: {untuned}")))
 
 
 def of_convolution(layer: _ConvNd, recipe: Recipe, inputs: Sequence[tuple[int, ...]] | None) -> Expectation:
@@ -65,7 +73,7 @@ def of_convolution(layer: _ConvNd, recipe: Recipe, inputs: Sequence[tuple[int, .
             raise cost.NotModelled("the image size is unknown: give example_input")
         if not inputs:
             raise cost.NotModelled("example_input does not reach it")
-        found = _predict_convolution(shapes, recipe, layer.weight)
+        found, untuned = _predict_convolution(shapes, recipe, layer.weight)
     except cost.NotModelled as e:
         return Expectation(kernel, None, str(e), reason)
     bf16_ms, ms, source = sum(p.bf16_ms for p in found), sum(p.ms for p in found), found[0].source
@@ -77,23 +85,66 @@ def of_convolution(layer: _ConvNd, recipe: Recipe, inputs: Sequence[tuple[int, .
         reason = f"bf16 {'was measured' if source == 'tuned' else 'is expected'} to be faster here: {times}; {why}"
     elif source == "tuned":
         reason = "; ".join(filter(None, (reason, f"measured to be faster than bf16: {times}")))
-    return Expectation(kernel, bf16_ms / ms, source, reason)
+    return Expectation(kernel, bf16_ms / ms, source, _also(reason, untuned))
 
 
-def _predict_convolution(shapes: Sequence[Shape], recipe: Recipe, weight: Tensor, x: Tensor | None = None) -> list:
-    """`cost.Prediction`s of all shapes, all from what was tuned on the device, or all from its ceilings.
+def _predict_convolution(
+    shapes: Sequence[Shape], recipe: Recipe, weight: Tensor, x: Tensor | None = None
+) -> tuple[list[cost.Prediction], str]:
+    """Of all shapes, all from what was tuned on the device, or all from its ceilings; and why not the former, where some
+    operators were tuned.
 
     Of the memory format of x; without it of the weight's, and where that does not tell either of both, channels_last first,
     whichever was tuned. Raises cost.NotModelled.
     """
-    device, table = (weight if x is None else x).device, tuning.table(weight.device if x is None else x.device)
-    dtype = str((weight if x is None else x).dtype).removeprefix("torch.")
-    for channels_last in _formats(weight, x) if len(table) else ():
-        arch, processors = device_info(str(device))
-        gpu = dict(device=device.type, arch=arch, processors=processors, triton=triton_version())
-        with contextlib.suppress(cost.NotModelled):
-            return [conv_cost.tuned_convolution(s, recipe, table, dtype, channels_last, **gpu) for s in shapes]
-    return [conv_cost.convolution(shape, recipe, cost.ceilings(device)) for shape in shapes]
+    device = (weight if x is None else x).device
+    table, gpu = tuning.table(device), _gpu(device)
+
+    def predict(channels_last: bool, dtypes: Dtypes) -> list[cost.Prediction]:
+        return [conv_cost.tuned_convolution(s, recipe, table, dtypes, channels_last, **gpu) for s in shapes]
+
+    options = itertools.product(_formats(weight, x), _dtypes(weight, x)) if len(table) else ()
+    found, untuned = _from_tuned(predict, options)
+    return found or [conv_cost.convolution(shape, recipe, cost.ceilings(device)) for shape in shapes], untuned
+
+
+def _from_tuned(predict: Callable[..., T], options: Iterable[tuple]) -> tuple[T | None, str]:
+    """The prediction by the first option that the tuned table has all times for; else what it lacks for the one that lacks
+    least, "" where it has nothing of any, or where tuning does not cover the layer."""
+    closest: NotTuned | None = None
+    for option in options:
+        try:
+            return predict(*option), ""
+        except NotTuned as e:
+            if e.partly and (closest is None or len(e.missing) < len(closest.missing)):
+                closest = e
+        except cost.NotModelled:
+            return None, ""
+    return None, "" if closest is None else str(closest)
+
+
+def _gpu(device: torch.device) -> dict:
+    """What of a `dispatch.Problem` says which GPU it is for; nothing of another device, which has no table."""
+    if device.type != "cuda":
+        return {}
+    arch, processors = device_info(str(device))
+    return dict(device=device.type, arch=arch, processors=processors, triton=triton_version())
+
+
+def _dtypes(weight: Tensor, x: Tensor | None) -> list[Dtypes]:
+    """Those that X, W and dY may have: with x as a layer would take it now; else first the weight's, then those of
+    autocast over a float32 weight, whichever were tuned."""
+    w = _name(weight.dtype)
+    if x is not None:
+        kind = x.device.type
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        return [Dtypes(_name(x.dtype), w, _name(torch.get_autocast_dtype(kind) if autocast else x.dtype))]
+    lower = ("bfloat16", "float16") if w == "float32" else ()
+    return [Dtypes.of(w), *(Dtypes(of_x, w, dy) for dy in lower for of_x in (dy, w))]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _formats(weight: Tensor, x: Tensor | None) -> tuple[bool, ...]:
@@ -221,10 +272,8 @@ def _product_choice(name: str, s: Shape, x: Tensor, last: bool) -> tuple[str, Ch
     choice = _asked(asked, x)
     if choice.kernel not in ("pointwise", "im2col"):
         return conv_problems.PATHS["implicit"], choice
-    path, (m, n, k) = conv_problems.PATHS[choice.kernel], asked.sizes
-    of_matrices = _choice(
-        "scaled_mm", x.device, m, n, conv_problems.padded(k) if path == "im2col" else k, dtype=x.dtype
-    )
+    path = conv_problems.PATHS[choice.kernel]
+    of_matrices = _choice("scaled_mm", x.device, *conv_problems.of_matrices(choice.kernel, *asked.sizes), dtype=x.dtype)
     if choice.source in ("tuned", "nearest"):
         of_matrices = replace(of_matrices, reason=f"{of_matrices.reason}; {path}: {choice.reason}")
     return path, of_matrices
@@ -239,13 +288,13 @@ def _expectation(layer: QuantizedLayer, x: Tensor, sizes: tuple[int, int, int], 
     try:
         if shape is None:
             choice = _choice("scaled_mm", x.device, *sizes, dtype=x.dtype, format=layer.recipe.format)
-            expected = _predict(sizes[0], layer, layer.recipe, x.device, choice)
+            expected, untuned = _predict(sizes[0], layer, layer.recipe, choice, x)
         else:
-            (expected,) = _predict_convolution([shape], layer.recipe, layer.weight, x)
+            (expected,), untuned = _predict_convolution([shape], layer.recipe, layer.weight, x)
     except cost.NotModelled as e:
         return [f"  expected: not predicted: {e}"]
     source = "the tuned times of its operators" if expected.source == "tuned" else f"on {cost.ceilings(x.device)}"
-    lines = [f"  expected, forward and backward, {source}"]
+    lines = [f"  expected, forward and backward, {_also(source, untuned)}"]
     for p in expected.products:
         lines.append(f"    {p.name:<11} bf16 {p.bf16_ms:8.4f} ms   {expected.codes} {p.ms:8.4f} ms")
     for p in expected.passes:
@@ -283,15 +332,18 @@ def _quantizations(recipe: Recipe, m: int, n: int, k: int) -> Iterator[tuple[str
             yield f"dY for {product}", "quantize", m, n, f"{q.granularity} {q.rounding} {layout}"
 
 
-def _predict(rows: int, layer: nn.Linear, recipe: Recipe, device: torch.device, choice: Choice) -> cost.Prediction:
-    """From what was tuned on the device, else from its ceilings. Raises cost.NotModelled."""
+def _predict(
+    rows: int, layer: nn.Linear, recipe: Recipe, choice: Choice, x: Tensor | None = None
+) -> tuple[cost.Prediction, str]:
+    """From what was tuned on the device, else from its ceilings, as `_predict_convolution`."""
+    device = (layer.weight if x is None else x).device
     if choice.backend == "reference":
         cost.ceilings(device)  # where there is no GPU, that is the reason
         raise cost.NotModelled(f"plain torch: {choice.reason}")
-    sizes, table = (rows, layer.out_features, layer.in_features), tuning.table(device)
-    if len(table):
-        arch, processors = device_info(str(device))
-        gpu = dict(device=device.type, arch=arch, processors=processors, triton=triton_version())
-        with contextlib.suppress(cost.NotModelled):
-            return cost.tuned_linear(*sizes, recipe, table, str(layer.weight.dtype).removeprefix("torch."), **gpu)
-    return cost.linear(*sizes, recipe, cost.ceilings(device))
+    sizes, table, gpu = (rows, layer.out_features, layer.in_features), tuning.table(device), _gpu(device)
+
+    def predict(dtypes: Dtypes) -> cost.Prediction:
+        return tuned_cost.tuned_linear(*sizes, recipe, table, dtypes, **gpu)
+
+    found, untuned = _from_tuned(predict, zip(_dtypes(layer.weight, x)) if len(table) else ())
+    return found or cost.linear(*sizes, recipe, cost.ceilings(device)), untuned

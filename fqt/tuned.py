@@ -80,6 +80,11 @@ class Entry(NamedTuple):
     origin: str = ""
 
 
+def is_complete(entry: Entry | None) -> bool:
+    """Whether an entry says all that tuning can: of a product, also bf16's time, for which there is none inside a step."""
+    return entry is not None and (entry.bf16_ns > 0 or entry.key.op not in PRODUCTS)
+
+
 def bucket(size: int) -> int:
     """The size that stands for `size`: 0 for 0, 16 up to 16, else rounded up to one of four sizes an octave."""
     if size <= 16:

@@ -137,8 +137,8 @@ def tune(
 ) -> Report:
     """Measure problems, the most work first, and save the entry of each to the store as soon as it is known.
 
-    Problems that the store has are left alone. Ctrl-C, or the end of the budget, ends the tuning and keeps what is done;
-    a problem that raises is reported, and the next one is begun.
+    Problems that the store has are left alone, but for products without bf16's time, as a step tunes them. Ctrl-C, or the
+    end of the budget, ends the tuning and keeps what is done; a problem that raises is reported, and the next one is begun.
 
     Args:
         problems: with how often each occurs.
@@ -149,12 +149,12 @@ def tune(
     """
     machine = Machine.of(device) if machine is None else machine
     known = tuned.EMPTY if force else store.load(machine, file=file)
-    todo = [problem for problem in in_order(problems) if known.exact(problem) is None]
+    todo = [problem for problem in in_order(problems) if not tuned.is_complete(known.exact(problem))]
     report = Report(known=len(problems) - len(todo), remaining=todo)
     if not todo:
         return report
     try:
-        with _current(device):
+        with _current(device), tuning.reading(file):
             session = _Session(device, budget_s, timer, effort, exhaustive)
             if trial is not None or device.type == "cuda":
                 on_progress(report, len(todo), f"compiling the candidates of {len(todo)} problems")

@@ -12,11 +12,12 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import store, tuned
+from . import conv_problems, store, tuned
 from .store import Machine
 from .tuned import Entry, Key, Table
 
@@ -56,6 +57,7 @@ _session: Session | None = None
 _tuning = threading.Lock()
 _failed: set[tuple[int, Key]] = set()
 _generation = 0
+_file: Path | None = None  # see `reading`
 
 
 def table(device: torch.device) -> Table:
@@ -74,6 +76,20 @@ def reload() -> None:
         _active.clear()
         _failed.clear()
         _generation += 1
+
+
+@contextlib.contextmanager
+def reading(file: Path | None) -> Iterator[None]:
+    """Within, a GPU's table is what the package ships, then what this file has in place of the machine's own, if one is
+    given: for `fqt tune --file`, whose convolutions launch products of matrices by the table that they are tuned into."""
+    global _file
+    before, _file = _file, file
+    reload()
+    try:
+        yield
+    finally:
+        _file = before
+        reload()
 
 
 def counts() -> dict[str, int]:
@@ -173,6 +189,9 @@ def _tune(problem: Problem, device: torch.device, index: int) -> Entry | None:
     from . import tuner
 
     active = _activated(index)
+    part = conv_problems.part(problem)  # with whose best kernel it is timed
+    if part is not None and active.table.exact(part) is None and (index, tuned.key(part)) not in _failed:
+        _tune(part, device, index)
     try:
         entry = tuner.tune_one(problem, device)
         store.save(active.machine, [entry])
@@ -206,7 +225,7 @@ def _activate(index: int, world: Any) -> _Active:
     for other in _active.values():
         if other.machine == machine and other.world() is world:
             return other
-    found = store.shipped(machine).merged(store.load(machine))
+    found = store.shipped(machine).merged(store.load(machine, file=_file))
     if _world_size() > 1:
         from . import ranks
 

@@ -1,5 +1,6 @@
 """Measured convolutions: dispatch, reports, `only_if_faster` and `explain` go by what a table has of them."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from fqt import conv_cost, conv_problems, conv_products, cost, dispatch, expecta
 from fqt.conv import Geometry
 from fqt.dispatch import Choice, Problem, select
 from fqt.tuned import Entry, Table, Timing, key
+from fqt.tuned_cost import Dtypes
 from fqt_kernels import conv as conv_kernel
 from fqt_kernels import conv_quantize
 
@@ -123,10 +125,10 @@ SHAPE = (256, 256, 14, 14)
 EXAMPLE = torch.empty(()).expand(SHAPE)
 
 
-def operators(of, last=True, ms=1.0, bf16_ms=1.0, **more):
+def operators(of, last=True, ms=1.0, bf16_ms=1.0, dtypes="float32", **more):
     """An entry of each operator of a step: 1 ms, the products' beside bf16."""
     shape = expectation._shape(of, "image", SHAPE)
-    found = conv_cost.operators(shape, INT8, "float32", last, **more, **GPU)
+    found = conv_cost.operators(shape, INT8, dtypes, last, **more, **GPU)
     kernels = {"quantize": ("tile", (64, 128, 8)), "arrange_filters": ("torch", ()), "conv": ("implicit", FIRST),
                "conv_wgrad": ("implicit", (64, 64, 128, 4, 4))}  # fmt: skip
     return {name: entry(p, kernels.get(p.op, ("tile", (64, 1, 128, 8))), ms=ms,
@@ -159,12 +161,28 @@ def test_one_operator_that_was_not_measured_leaves_the_model(measured, monkeypat
     entries = operators(layer(), ms=100.0)
     for missing in entries:
         measured(*(e for name, e in entries.items() if name != missing))
-        assert report(layer(), monkeypatch)[1].speedup_source == "datasheet", missing
+        found = report(layer(), monkeypatch)[1]
+        assert found.speedup_source == "datasheet", missing
+        assert re.search(rf"the tuned times were of no use: {missing}( in float32)? was not tuned$", found.reason), (
+            missing
+        )
     for name in ("fprop", "dgrad", "wgrad"):
         measured(*(entries | {name: entries[name]._replace(bf16_ns=0)}).values())
         assert report(layer(), monkeypatch)[1].speedup_source == "datasheet", name
     measured(*entries.values())
     assert report(layer(), monkeypatch)[1].speedup_source == "tuned"
+    measured(*operators(layer(5, channels=64)).values())  # of another layer, hence no word of it
+    assert "tuned" not in report(layer(), monkeypatch)[1].reason
+
+
+@pytest.mark.parametrize("x", ["float32", "bfloat16"])
+def test_a_layer_of_float32_is_measured_as_it_trains_under_autocast(x, measured, monkeypatch):
+    entries = operators(layer(), bf16_ms=4.0, dtypes=Dtypes(x, "float32", "bfloat16"))
+    measured(*entries.values())
+    assert report(layer(), monkeypatch)[1].expected == "1.71× (tuned)"  # 12 ms in bf16, 7 in int8
+    kind, found = report(layer().bfloat16(), monkeypatch)
+    assert kind is fqt.nn.Conv2d and found.speedup_source == "datasheet"
+    assert "X in bfloat16" in found.reason or "W in bfloat16" in found.reason
 
 
 def test_a_first_layer_is_measured_without_the_gradient_of_its_input(measured, monkeypatch):

@@ -12,8 +12,20 @@ from torch.nn.utils import prune
 
 import fqt
 import fqt.nn
-from fqt import convert, cost, expectation, tuned
+from fqt import (
+    conv_cost,
+    conv_ops,
+    conv_products,
+    convert,
+    cost,
+    expectation,
+    gradients,
+    products,
+    tuned,
+    tuned_cost,
+)
 from fqt.tuned import Entry, Timing
+from fqt.tuned_cost import Dtypes
 
 
 def mlp():
@@ -312,7 +324,7 @@ def test_on_a_gpu_without_a_kernel_bf16_is_faster():
 def test_tuned_times_come_before_the_model(h100, monkeypatch):
     model, recipe = wide_and_narrow(), fqt.Recipe.int8()
     assert cost.linear(4096, 4096, 4096, recipe, h100).ratio > 1
-    operators = cost.operators(
+    operators = tuned_cost.operators(
         4096, 4096, 4096, recipe, "float32", device="cpu", arch="sm90", processors=132, triton="3"
     )
     entries = [Entry(tuned.key(p), (Timing("tile", (64, 128, 8), 1, 10**6),), 10**6, (p.m, p.n, p.k))
@@ -322,6 +334,67 @@ def test_tuned_times_come_before_the_model(h100, monkeypatch):
     report = fqt.quantize_(model, "int8", only_if_faster=True, strict=False)
     wide = report.layers[0]  # 3 ms in bf16; as long for the products, and 3 ms for the quantizations
     assert wide.status == "skipped" and wide.speedup == pytest.approx(0.5) and wide.expected == "0.50× (tuned)"
+
+
+def tuned_for(monkeypatch, dtypes, drop=()):
+    """A table of all operators of a square layer of 4096 with those dtypes, 1 ms each, but for some."""
+    operators = tuned_cost.operators(
+        4096, 4096, 4096, fqt.Recipe.int8(), dtypes, device="cpu", arch="sm90", processors=132, triton="3"
+    )
+    entries = [Entry(tuned.key(p), (Timing("tile", (64, 128, 8), 1, 10**6),), 10**6, (p.m, p.n, p.k))
+               for name, p in operators.items() if name not in drop]  # fmt: skip
+    monkeypatch.setattr(expectation.tuning, "table", lambda device: tuned.Table(entries))
+    monkeypatch.setattr(expectation, "device_info", lambda device: ("sm90", 132))
+
+
+@pytest.mark.parametrize("x", ["float32", "float16", "bfloat16"])
+def test_a_float32_layer_takes_the_times_that_were_tuned_under_autocast(x, h100, monkeypatch):
+    dy = "bfloat16" if x == "float32" else x
+    tuned_for(monkeypatch, Dtypes(x, "float32", dy))
+    assert fqt.quantize_(wide_and_narrow(), "int8").layers[0].speedup_source == "tuned"
+    layer, given = unset(fqt.nn.Linear(4096, 4096, device="meta")), torch.empty(4096, 4096, dtype=getattr(torch, x))
+    with torch.autocast("cpu", dtype=getattr(torch, dy)):
+        assert "the tuned times of its operators" in expectation.explanation(layer, given)
+    assert "the tuned times of its operators" not in expectation.explanation(layer, given.float())
+
+
+def test_what_was_not_tuned_is_said(h100, monkeypatch):
+    tuned_for(monkeypatch, "float32", drop=("dY",))
+    found = fqt.quantize_(wide_and_narrow(), "int8").layers[0]
+    assert found.speedup_source == "measured"  # the ceilings
+    assert found.reason.endswith("the tuned times were of no use: dY in float32 was not tuned")
+    layer = unset(fqt.nn.Linear(4096, 4096, device="meta"))
+    text = expectation.explanation(layer, torch.empty(4096, 4096))
+    assert "; the tuned times were of no use: dY in float32 was not tuned\n" in text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_operators_are_asked_for_in_the_dtypes_that_are_looked_up(dtype, device, monkeypatch):
+    heard, choose = set(), products.choose
+
+    def spy(op, device, m, n, k=0, dtype=None, **more):
+        if op in tuned.OPS and op not in tuned.CODES_ONLY:
+            heard.add((op, str(dtype).removeprefix("torch."), more.get("kind", "")))
+        return choose(op, device, m, n, k, dtype, **more)
+
+    for owner in (products, gradients, conv_products):
+        monkeypatch.setattr(owner, "choose", spy)
+    matrix = fqt.nn.Linear(32, 16, device=device)
+    images = fqt.nn.Conv2d(16, 32, 3, device=device)
+    for layer, shape in ((matrix, (16, 32)), (images, (2, 16, 6, 6))):
+        heard.clear()
+        x = torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+        with fqt.backend("triton"):
+            with torch.autocast(x.device.type, dtype=torch.bfloat16):
+                y = layer(x)
+                (dtypes,) = expectation._dtypes(layer.weight, x)
+            y.backward(torch.randn_like(y))
+        if layer is matrix:
+            asked = tuned_cost.operators(16, 16, 32, layer.recipe, dtypes)
+        else:
+            of = expectation._shape(layer, "image", shape)
+            asked = conv_cost.operators(of, layer.recipe, dtypes, conv_ops.is_channels_last(y))
+        assert {(p.op, p.dtype, p.kind) for p in asked.values() if p.op not in tuned.CODES_ONLY} == heard
 
 
 def test_only_if_faster_without_a_gpu_says_so():

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fqt import collect, cost, tuned
+from fqt import collect, cost, tuned, tuned_cost
 from fqt.cost import Ceilings, NotModelled
 from fqt.dispatch import Choice
 from fqt.recipe import Quantizer, Recipe
@@ -357,7 +357,7 @@ GPU = dict(device="cuda", arch="sm90", processors=132, triton="3.6.0")
 def tuned_table(m, n, k, us, bf16_us=400, recipe=INT8):
     """A table that has every operator of the layer, at us[name] microseconds."""
     entries = []
-    for name, problem in cost.operators(m, n, k, recipe, "bfloat16", **GPU).items():
+    for name, problem in tuned_cost.operators(m, n, k, recipe, "bfloat16", **GPU).items():
         product = problem.op == "scaled_mm"
         timing = Timing(
             "portable" if product else "tile", (128, 128, 128, 8, 3) if product else (64, 128, 8), 1, us[name] * 1000
@@ -370,7 +370,7 @@ def tuned_table(m, n, k, us, bf16_us=400, recipe=INT8):
 @pytest.mark.parametrize("name", ["int8", "fp8", "ptq8", "psq4"])
 def test_the_operators_of_a_layer_are_those_that_its_training_asks_for(name):
     recipe = Recipe.parse(name)
-    ours = cost.operators(512, 384, 256, recipe, "bfloat16", **GPU).values()
+    ours = tuned_cost.operators(512, 384, 256, recipe, "bfloat16", **GPU).values()
     met = collect.of_layers([Layer("layer", 512, 384, 256)], collect.Target("sm90", 132), [name])
     assert {tuned.key(problem) for problem in ours} == {tuned.key(problem) for problem in met}
 
@@ -380,10 +380,10 @@ US = {"fprop": 210, "dgrad": 220, "wgrad": 230, "X": 31, "W": 17, "dY": 43}
 
 def test_tuned_times_add_up_and_scale_with_the_work():
     table = tuned_table(4096, 3072, 2048, US)
-    exact = cost.tuned_linear(4096, 3072, 2048, INT8, table, **GPU)
+    exact = tuned_cost.tuned_linear(4096, 3072, 2048, INT8, table, **GPU)
     assert exact.ms == pytest.approx(sum(US.values()) / 1e3) and exact.bf16_ms == pytest.approx(1.2)
     assert exact.source == "tuned" and str(exact) == f"{1200 / sum(US.values()):.2f}× (tuned)"
-    fewer = cost.tuned_linear(3840, 3072, 2048, INT8, table, **GPU)  # of the same bucket as 4096
+    fewer = tuned_cost.tuned_linear(3840, 3072, 2048, INT8, table, **GPU)  # of the same bucket as 4096
     without_w = sum(US.values()) - US["W"]
     assert fewer.ms == pytest.approx((without_w * 3840 / 4096 + US["W"]) / 1e3)
     assert [p.elements for p in fewer.passes] == [3840 * 2048, 3072 * 2048, 3840 * 3072]
@@ -392,12 +392,12 @@ def test_tuned_times_add_up_and_scale_with_the_work():
 @pytest.mark.parametrize("name", US)
 def test_a_layer_with_an_operator_that_was_not_tuned_has_no_tuned_prediction(name):
     table = tuned_table(4096, 3072, 2048, US)
-    missing = tuned.key(cost.operators(4096, 3072, 2048, INT8, "bfloat16", **GPU)[name])
-    with pytest.raises(NotModelled, match=f"{name} was not tuned"):
-        cost.tuned_linear(4096, 3072, 2048, INT8, Table(e for e in table if e.key != missing), **GPU)
+    missing = tuned.key(tuned_cost.operators(4096, 3072, 2048, INT8, "bfloat16", **GPU)[name])
+    with pytest.raises(NotModelled, match=rf"{name}( in bfloat16)? was not tuned"):
+        tuned_cost.tuned_linear(4096, 3072, 2048, INT8, Table(e for e in table if e.key != missing), **GPU)
 
 
 def test_tuning_does_not_cover_what_runs_without_its_kernels():
     for name in ("exact", "qat8", "bhq4"):
         with pytest.raises(NotModelled):
-            cost.tuned_linear(64, 64, 64, Recipe.parse(name), Table(), **GPU)
+            tuned_cost.tuned_linear(64, 64, 64, Recipe.parse(name), Table(), **GPU)

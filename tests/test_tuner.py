@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tune_fakes import H100, LARGE, MIDDLE, SMALL, A, B, Bench, C, D
 
-from fqt import dispatch, store, tuned, tuner
+from fqt import dispatch, store, tuned, tuner, tuning
 from fqt.candidates import Candidate
 from fqt.tuner import Report, tune
 from fqt.tuner_cases import BF16, describe, title
@@ -153,6 +153,29 @@ def test_a_second_run_measures_compiles_and_starts_nothing(bench, monkeypatch):
     report = run(bench, {SMALL: 1, LARGE: 3}, timer=None, trial=None)
     assert (bench.samples, len(bench.log), len(bench.tried)) == before
     assert report.known == 2 and report.results == report.remaining == [] and report.stopped == ""
+
+
+def test_what_a_step_tuned_without_bf16_is_measured_again_beside_it(bench, monkeypatch):
+    monkeypatch.setattr(tuner, "_timer", lambda device: bench)
+    bench.second = 1.0  # the effort of a step is bounded by time
+    assert store.save(H100, [tuner.tune_one(SMALL, CPU)])
+    report = run(bench)
+    assert report.known == 0 and [result.entry.bf16_ns for result in report.results] == [5_000_000]
+    assert run(bench).known == 1
+
+
+def test_what_is_measured_next_launches_by_the_table_that_is_tuned_into(bench, monkeypatch, tmp_path):
+    """A convolution as a product of matrices does, of which the file may say what the machine's own table does not."""
+    seen, gpu = [], torch.device("cuda", 0)
+    monkeypatch.setattr(store.Machine, "of", staticmethod(lambda device: H100))
+    monkeypatch.setattr(store, "SHIPPED", tmp_path / "none")
+    monkeypatch.setattr(tuner, "build", lambda *args, **more: seen.append(len(tuning.table(gpu))) or bench.build(*args))
+    tuning.reload()
+    run(bench, {SMALL: 1, MIDDLE: 1}, file=tmp_path / "own.json")
+    assert seen == [0, 1] and len(tuning.table(gpu)) == 0
+    run(bench, {SMALL: 1, LARGE: 1}, file=tmp_path / "own.json")
+    assert seen == [0, 1, 2] and len(tuning.table(gpu)) == 0
+    tuning.reload()
 
 
 def test_force_measures_again_and_the_newer_entry_stays(bench):

@@ -29,6 +29,7 @@ from fqt.store import Machine
 from fqt.suites import Convolution
 from fqt.tuner_cases import BF16, title
 from fqt_bench import harness
+from fqt_bench.operators import work_dtype
 
 CPU = torch.device("cpu")
 HERE = Machine("CPU", "cpu", 1, "", "3.7.1", torch.__version__)
@@ -131,6 +132,16 @@ def test_the_yardstick_is_the_same_product_or_wrong(monkeypatch):
         bf16.check(bf16.run(0), 0)
         with pytest.raises(harness.Wrong, match="relative error"):
             bf16.check(bf16.run(1), 0)
+
+
+def test_the_yardstick_s_images_are_in_bfloat16_and_channels_last():
+    assert work_dtype(torch.device("cuda")) is torch.bfloat16
+    for problem in problems(Convolution("", 2, 16, 16, 6, 3), *conv_problems.PRODUCTS):
+        inputs = tuner_conv._Inputs.of(problem, CPU, 2)
+        for values in inputs.values():
+            read = [values[name] for name in inputs.names]
+            assert all(t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in read)
+            assert {t.dtype for t in values.values()} == {work_dtype(CPU)}
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import fqt
-from fqt import store, tuned, tuning
+from fqt import conv_problems, store, tuned, tuning
+from fqt.conv import Geometry
 from fqt.dispatch import Problem
 from fqt.store import Machine
 from fqt.tuned import EMPTY, Entry, Timing
@@ -240,6 +241,48 @@ def test_nothing_is_tuned_within_a_tuning(tuner):
     tuner.answer = nested
     with tuning.enable():
         assert tuning.tune_now(problem(), GPU) == entry() and inner == [None, None]
+
+
+def convolution(kernel=1, channels=64, images=32) -> Problem:
+    g = Geometry.of((8, 8), (kernel, kernel), padding=((kernel // 2,) * 2,) * 2)
+    stored = channels if channels < 16 else conv_problems.padded(channels)
+    call = conv_problems.product(g, images, 128, channels, stored, False)
+    return replace(problem(*call.sizes), op=call.op, **call.more)
+
+
+def answer(p: Problem) -> Entry:
+    way = Timing("portable", (128, 128, 128, 8, 3), 1, 7) if p.op == "scaled_mm" else Timing("pointwise", (), 1, 7)
+    return Entry(tuned.key(p), (way,), 0, (p.m, p.n, p.k))
+
+
+@pytest.mark.parametrize(("of", "k"), [(convolution(), 64), (convolution(3, 3), 32)])  # 27 terms, padded
+def test_a_convolution_is_timed_after_the_product_of_matrices_that_it_may_be(of, k, tuner):
+    tuner.answer = answer
+    with tuning.enable():
+        assert tuning.tune_now(of, GPU) == answer(of)
+        assert [(p.op, p.m, p.n, p.k) for p in tuner.calls] == [("scaled_mm", 2048, 128, k), (of.op, *tuned_sizes(of))]
+        assert tuning.table(GPU).exact(problem(2048, 128, k)) is not None
+        tuning.tune_now(of, GPU)
+        assert [p.op for p in tuner.calls[2:]] == [of.op]  # the other is known
+
+
+def tuned_sizes(p: Problem) -> tuple[int, int, int]:
+    return p.m, p.n, p.k
+
+
+def test_a_convolution_that_is_no_product_of_matrices_is_tuned_alone(tuner):
+    tuner.answer = answer
+    with tuning.enable():
+        tuning.tune_now(convolution(3), GPU)
+    assert [p.op for p in tuner.calls] == ["conv"]
+
+
+def test_where_the_product_of_matrices_fails_the_convolution_is_tuned_all_the_same(tuner):
+    tuner.answer = lambda p: answer(p) if p.op == "conv" else 1 / 0
+    with tuning.enable():
+        found, texts = said(lambda: [tuning.tune_now(convolution(), GPU) for _ in range(2)])
+    assert found == [answer(convolution())] * 2 and len(texts) == 1
+    assert [p.op for p in tuner.calls] == ["scaled_mm", "conv", "conv"]  # what failed is not tried again
 
 
 def test_several_ranks_do_not_tune_apart(tuner, monkeypatch):
