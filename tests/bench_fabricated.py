@@ -164,7 +164,7 @@ def but(value, *path, to):
 
 
 def runs(*results):
-    return [reading.Run(f"{i}.json", reading._clean(result)) for i, result in enumerate(results)]
+    return [reading.Run(f"{i}.json", reading.clean(result)) for i, result in enumerate(results)]
 
 
 def machine(*results):

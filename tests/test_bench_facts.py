@@ -31,6 +31,29 @@ def test_targets_come_from_the_newest_run_of_the_gpu_that_measured_them():
     assert [v.verdict for v in facts.verdicts(fake.machine(wrong)) if v.what == found.what] == ["not measured"]
 
 
+def test_targets_say_what_was_predicted_and_why_there_is_no_figure():
+    cube, what = "8192x8192x8192", "int8 product at 8192³"
+    met = fake.pair("gemm", cube, 12.0, "portable")
+    met["candidates"][1]["prediction"] = "1130 (datasheet)"
+    lost = fake.result(fake.but(met, "candidates", 1, to=fake.failed("x", "error", "no memory", tag="portable")))
+    later = {"environment": {"date": "2026-12-01T00:00:00+00:00"}}
+
+    def found(*results):
+        return next(v for v in facts.verdicts(fake.machine(*results)) if v.what == what)
+
+    assert (found(fake.result(met)).predicted, found(fake.result(met)).why) == ("1130 TOPS", "")
+    without = found(lost)
+    assert (without.verdict, without.value, without.run) == ("not measured", "", None) and without.why.endswith(
+        "no memory"
+    )
+    assert found(lost, fake.result(**later)).why == without.why  # a run without the case has nothing to say
+    assert found(lost, fake.result(met)).verdict == "met"
+    text = page.markdown(sections.document(fake.runs(lost)))
+    assert re.search(
+        r"\| not measured \| – \| ≥ 1150 TOPS \| [^|]* \| x: error: no memory \| – \|", text.replace("**", "")
+    )
+
+
 def test_the_cpu_measures_no_target():
     fast = fake.on_cpu(fake.pair("gemm", "8192x8192x8192", 50.0, "portable"))
     fast = fake.machine(fast, fast)

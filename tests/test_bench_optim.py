@@ -17,6 +17,7 @@ from fqt.optim import PSGD, PSGDAdamW
 from fqt_bench import counters, facts, psgd, sections, steps, suites, targets
 from fqt_bench.harness import Budget, Wrong, measure
 from fqt_bench.parameters import LLAMA_8B, RESNET50, SMALL_LLAMA, SMALL_RESNET50, TINY, Parameters
+from fqt_bench.stats import of_the_copy
 from fqt_bench.targets import TARGETS
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -313,7 +314,7 @@ def test_a_step_is_shown_beside_the_copy_of_its_own_case_and_its_launches():
     found = (fake.candidate("sgd", gb_s=1500.0), fake.candidate("psgd", gb_s=1860.0), fake.failed("bad", "wrong", "off"),
              fake.candidate("copied", gb_s=2000.0, tag="step copy"))  # fmt: skip
     case = fake.case("psgd step, x", "2x8", *found, unit="ms")
-    assert psgd.of_the_copy(case) == {"sgd": 0.75, "psgd": 0.93, "copied": 1.0}
+    assert of_the_copy(case) == {"sgd": 0.75, "psgd": 0.93, "copied": 1.0}
     launches = [{"name": name, "shape": shape, "kernels": n, "copies": 0, "by_name": {}}
                 for name, shape, n in (("psgd", "2x8", 3), ("sgd", "2x9", 7))]  # fmt: skip
     printed = psgd.shares(case, launches).splitlines()
@@ -340,21 +341,24 @@ def _result(ms, gb_s=3000.0, kernels=1, of=LLAMA_8B, **environment):
             "ours": True,
             "status": "ok",
             "remark": "",
+            "prediction": "",
             "ms": {"median": ms[tag]},
             "gb_s": psgd.step_bytes(of, 4, codes="written" if "codes" in tag else "") / ms[tag] * 1e-6,
         }
         for tag in ms
     ]
-    made.append({"name": "copy", "tag": "step copy", "ours": False, "status": "ok", "remark": "", "ms": {"median": 1.0},
-                 "gb_s": gb_s})  # fmt: skip
-    case = {"suite": psgd.title(of, torch.float32), "shape": of.size, "unit": "ms", "candidates": made}
+    made.append({"name": "copy", "tag": "step copy", "ours": False, "status": "ok", "remark": "", "prediction": "",
+                 "ms": {"median": 1.0}, "gb_s": gb_s})  # fmt: skip
+    case = {"suite": psgd.title(of, torch.float32), "shape": of.size, "unit": "ms", "baseline": "sgd fused",
+            "candidates": made}  # fmt: skip
     launches = [{"name": "torch SGD fused", "shape": of.size, "kernels": 3, "copies": 0, "by_name": {}},
                 {"name": psgd.EMITTING, "shape": of.size, "kernels": kernels, "copies": 0, "by_name": {}}]  # fmt: skip
-    return {"environment": record(**environment), "cases": [case], "memory": [], "repeats": [], "launches": launches}
+    return {"environment": record(**environment), "cases": [case], "memory": [], "repeats": [], "launches": launches,
+            "skipped": []}  # fmt: skip
 
 
 def _t7(result, of=LLAMA_8B):
-    return [t.row(result)[3:] for t in TARGETS if t.name == "T7" and of.name in t.what]
+    return [t.judged(result)[4:6] for t in TARGETS if t.name == "T7" and of.name in t.what]
 
 
 def test_t7_is_of_one_run_copy_fused_sgd_foreach_and_launches():

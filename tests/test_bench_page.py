@@ -122,8 +122,8 @@ def test_a_result_of_the_cpu_meets_no_target_and_leaves_gpu_figures_not_measured
     assert [row[2:4] for row in targets] == [["not measured", "–"]] * len(TARGETS)
     for words in ("GPU: not measured", "Ratios on a GPU: not measured", "Roofline of a GPU: not measured"):
         assert words in text
-    # The ratios, and int8 over bf16 of products, of layers and of the convolutions of two networks.
-    assert text.count("on a GPU: not measured.") == 5
+    # The ratios, int8 over bf16 of products, of layers and of the convolutions of two networks, and whole steps.
+    assert text.count("on a GPU: not measured.") == 6
     assert "CPU (FABRICATED CPU)" in text
     figures = [block for section in document for block in section.blocks if isinstance(block, sections.Figure)]
     assert {figure.kind for figure in figures} == {"ratio", "roofline"}  # none of where int8 pays
@@ -136,7 +136,7 @@ def test_an_empty_result_makes_a_whole_page_of_not_measured():
         document = sections.document(fake.runs(result))
         assert [section.title for section in document] == [
             "Summary", "Measured on", "Targets", "Skipped, wrong and failed", "Ratio to the baseline", "Roofline",
-            "Where int8 pays", "Trend", "Counters", "Method"]  # fmt: skip
+            "Where int8 pays", "Whole training steps", "Trend", "Counters", "Method"]  # fmt: skip
         text = page.markdown(document)
         assert text.count("not measured") > len(TARGETS) and "<svg" not in page.html(document)
 

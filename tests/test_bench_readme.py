@@ -7,6 +7,8 @@ import pytest
 
 from fqt.suites import CONVOLUTIONS, SUITES
 from fqt_bench import convs, readme
+from fqt_bench.reading import Refused
+from fqt_bench.wholes import Whole
 
 SHAPE = "8192x28672x4096"
 
@@ -239,22 +241,53 @@ def _whole(date="2026-01-02", gpu="H100", int8_ms=400.0, quick=False):
 
 
 def test_whole_steps_have_their_times_ratios_rates_and_reasons():
-    (table,) = _tables(readme.block([], [_whole()]))
+    text = readme.block([], [Whole.of(_whole())])
+    (table,) = _tables(text)
     assert table[1] == {"network": "12 blocks, 8192x4096", "": "fqt int8", "ms a step": "400", "over bf16": "1.25",
                         "over bf16, compiled": "1.12", "a second": "20480 tokens", "peak, GiB": "3.0"}  # fmt: skip
-    assert "out of memory" in readme.block([], [_whole()])
+    assert "out of memory: CUDA is full" in text and "driver 1, torch 2, Triton 3, 2026-01-02, commit abc." in text
 
 
-def test_of_each_gpu_the_newest_whole_steps_count_and_toy_sizes_never(tmp_path):
-    text = readme.block([], [_whole("2026-01-03", int8_ms=100.0), _whole("2026-01-02"), _whole(gpu="A100")])
+def test_of_each_gpu_the_newest_whole_steps_count_and_toy_sizes_never():
+    some = [_whole("2026-01-03", int8_ms=100.0), _whole("2026-01-02"), _whole(gpu="A100")]
+    text = readme.block([], map(Whole.of, some))
     assert [row["ms a step"] for table in _tables(text) for row in table if row[""] == "fqt int8"] == ["400", "100"]
-    assert readme.block([], [_whole(quick=True), _whole(gpu=None)]) == readme.NOTHING
+    assert readme.block([], map(Whole.of, [_whole(quick=True), _whole(gpu=None)])) == readme.NOTHING
+
+
+def test_the_report_has_the_whole_steps_of_a_gpu_and_refuses_what_is_no_whole_result(tmp_path, capsys):
+    fake.written(tmp_path, fake.GOOD)
+    whole = _whole()
+    whole["networks"][0]["candidates"][1]["name"] = "fqt <b>int8</b>\n"
+    (tmp_path / "end-to-end-a.json").write_text(json.dumps(whole))
+    assert fake.report(tmp_path, "--out", tmp_path / "out") == 0
+    page, text = ((tmp_path / "out" / f"report.{kind}").read_text() for kind in ("html", "md"))
+    assert "Whole training steps" in page and "20480 tokens" in page and "fqt &lt;b&gt;int8" in page
+    assert "20480 tokens" in text and "<b>int8" not in page + text
+    assert "Whole training steps on a GPU: not measured." not in text
+    del whole["networks"][0]["candidates"][1]["peak"]
+    (tmp_path / "end-to-end-a.json").write_text(json.dumps(whole))
+    assert fake.report(tmp_path, "--out", tmp_path / "out") == 1
+    assert "end-to-end-a.json: no whole result of whole training steps: KeyError: 'peak'" in capsys.readouterr().err
+    (tmp_path / "end-to-end-a.json").unlink()
+    assert fake.report(tmp_path, "--out", tmp_path / "out") == 0
+    assert "Whole training steps on a GPU: not measured." in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("field", ["title", "shape", "unit"])
+def test_a_number_where_text_belongs_is_refused_or_shown_as_text(field):
+    whole = _whole()
+    whole["networks"][0][field] = 5
+    assert all(isinstance(cell, str) for row in Whole.of(whole).rows for cell in row)
+    whole["networks"][0]["candidates"][0]["name"] = 5
+    with pytest.raises(Refused, match="a number where"):
+        Whole.of(whole)
 
 
 def test_a_file_that_is_no_result_of_whole_steps_is_said(tmp_path, capsys):
     (folder := tmp_path / "h100").mkdir()
     for name, text in (("a", json.dumps(_whole())), ("b", "{"), ("c", '{"kind": "study"}'), ("d", "[]")):
         (folder / f"end-to-end-{name}.json").write_text(text)
-    assert readme.whole_results(tmp_path) == [_whole()]
+    assert readme.whole_results(tmp_path) == [Whole.of(_whole())]
     said = capsys.readouterr().err
     assert all(f"end-to-end-{name}.json" in said for name in "bcd") and "end-to-end-a" not in said

@@ -38,7 +38,7 @@ def _result(*cases, **lists):
 
 
 def _targets(result):
-    return {(t.name, t.what): t.row(result)[3:] for t in TARGETS}
+    return {(t.name, t.what): t.judged(result)[4:6] for t in TARGETS}
 
 
 def test_a_target_is_met_at_its_bound_and_missed_beyond_it():

@@ -35,10 +35,11 @@ from fqt.cli import INTERRUPTED, positive
 
 from . import environment, peers, train
 from .cpu import CpuTimer
-from .end_to_end_networks import COMPILED, EXACT, KIND, NETWORKS, Work, make, ways
+from .end_to_end_networks import NETWORKS, Work, make, ways
 from .end_to_end_tables import draw, tables
 from .end_to_end_visit import CHECKED, allocated, free, profiled, timed, visit
 from .harness import RESERVE_S, Budget, Wrong
+from .wholes import COMPILED, EXACT, KIND
 
 Record = dict[str, Any]
 STEPS, QUICK_STEPS = 10, 2  # timed, of a visit

@@ -13,10 +13,9 @@ from .cases import gaussian
 from .operators import work_dtype
 from .parameters import BLOCKS
 from .providers import peer
+from .wholes import COMPILED, EXACT
 
-KIND = "end to end"  # of a result
 NETWORKS = ("llama", "resnet50")
-EXACT, COMPILED = "exact", "exact compiled"  # tags of what the others are compared with
 NO_CONVOLUTIONS = "torchao has int8 training of linear layers, and no convolutions"
 SMALL = llama.Sizes(width=64, inner=128, heads=4, kv_heads=2)  # of --quick
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .end_to_end_networks import COMPILED, EXACT
+from .wholes import COMPILED, EXACT
 
 Figures = dict[str, Any]
 

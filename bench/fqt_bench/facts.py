@@ -146,24 +146,27 @@ def problems(machine: Machine) -> list[Problem]:
 
 
 class Verdict(NamedTuple):
-    """A row of `fqt_bench.targets`: as text, "" or "not measured" where there is no value. run: None there."""
+    """A row of `fqt_bench.targets`: as text, "" or "not measured" where there is no value, and why. run: None there."""
 
     name: str
     what: str
     bound: str
+    predicted: str
     value: str
     verdict: str
+    why: str
     run: Run | None
 
 
 def verdicts(machine: Machine | None) -> list[Verdict]:
-    """Each target in the newest run of a GPU that measured it. The CPU, or None, measures none of them."""
+    """Each target in the newest run of a GPU that measured it; else what the newest that gives a reason says of it. The
+    CPU, or None, measures none of them."""
     runs = tuple(reversed(machine.runs)) if machine and machine.is_gpu else ()
     found = []
     for target in TARGETS:
-        rows = ((target.row(run.result), run) for run in runs)
-        row, run = next(((row, run) for row, run in rows if row[-1] != NOT_MEASURED), (None, None))
-        found.append(Verdict(*(row or target.row(NOTHING)), run))
+        judged = [Verdict(*target.judged(run.result), run) for run in runs]
+        without = [v._replace(run=None) for v in judged if v.why] + [Verdict(*target.judged(NOTHING), None)]
+        found.append(next((v for v in judged if v.verdict != NOT_MEASURED), without[0]))
     return found
 
 

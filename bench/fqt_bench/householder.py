@@ -9,6 +9,7 @@ those that a stage has to move, each matrix once, however often a kernel reads i
     grouping                                       20·M    range; order, group, first, s
     transform + quantize    (e + 1)·M·N          + 32·M    dY; codes; the 16 of the groups, magnitude, and PSQ's 12
     inverse                 (4 + o)·M·K          + 28·M    the product in float32; dX; groups, magnitude, range, value
+    copy                    2e·M·N                         dY, read and written: what the others' GB/s are held against
     dgrad product           M·N + N·K + o·M·K    + 12·M    codes; dX; PSQ's 12
     product with inverse    M·N + N·K + o·M·K    + 36·M    the same; groups, range, value
 
@@ -41,7 +42,8 @@ from . import authors_way
 from .cases import BF16_BOUND, ceilings
 from .harness import Candidate, Case, check_equal, check_near, check_rounded
 from .householder_stages import BITS, FORMS, PSQ, SOURCES, Problem, kernel_stages, torch_stages
-from .stats import Ratio, speed_ups
+from .providers import peer
+from .stats import Ratio, of_the_copy, speed_ups
 
 SUITE = "householder"
 
@@ -89,6 +91,10 @@ class Sizes:
         return 1.0 * self.m * self.n + self.n * self.k + element * self.m * self.k + row * self.m
 
     @property
+    def copy(self) -> float:
+        return 2.0 * self.element * self.m * self.n
+
+    @property
     def before(self) -> float:
         """Of BHQ's product."""
         return self.statistics + self.grouping + self.transform
@@ -115,7 +121,12 @@ def case(
     p = Problem(m, n, k, device, source, sets, stages)
     size = Sizes(m, n, k, p.dtype.itemsize)
     psq = _psq(p, size)
-    made = [*psq, *(_stages(p, size) if alone else ()), *_whole(p, size), *(_authors(p, size) if authors else ())]
+    made = [
+        *psq,
+        *((*_stages(p, size), _copy(p, size)) if alone else ()),
+        *_whole(p, size),
+        *(_authors(p, size) if authors else ()),
+    ]
     expected = _expected(size, device)
     made = [replace(c, prediction=expected.get(c.tag, "")) for c in made]
     return Case(title(source), f"{m}x{n}x{k}", "ms", psq[0].name, tuple(made), sets)
@@ -131,7 +142,12 @@ def _expected(size: Sizes, device: torch.device) -> dict[str, str]:
     except cost.NotModelled:
         return {}
     whole = size.before + size.product(element=4) - size.product() + size.inverse  # but for the product
-    moved = {"statistics": size.statistics, "psq": size.quantization, "inverse global": size.inverse}
+    moved = {
+        "dy copy": size.copy,
+        "statistics": size.statistics,
+        "psq": size.quantization,
+        "inverse global": size.inverse,
+    }
     moved |= {f"transform {form}": size.transform for form in FORMS}
     beside = {"product": 0.0, "inverse tile": 0.0, "psq whole": size.quantization, "whole tile": size.before}
     beside |= {"whole global": whole, "whole auto": whole}
@@ -216,6 +232,12 @@ def _stages(p: Problem, size: Sizes) -> list[Candidate]:
     return made
 
 
+def _copy(p: Problem, size: Sizes) -> Candidate:
+    target = functools.cache(lambda: torch.empty_like(p.dy[0]))
+    return Candidate("copy_ of dY", lambda i: target().copy_(p.dy[i]), lambda out, i: check_equal(out, p.dy[i]),
+                     bytes=size.copy, **peer("torch", p.w.device), tag="dy copy")  # fmt: skip
+
+
 def _whole(p: Problem, size: Sizes) -> list[Candidate]:
     """dX from dY, as a layer makes it."""
 
@@ -290,7 +312,8 @@ def _authors(p: Problem, size: Sizes) -> list[Candidate]:
 
 
 def costs(record: dict[str, Any]) -> str:
-    """What BHQ costs, of a measured case: time, share of the product, ratio to PSQ's quantization, and bytes."""
+    """What BHQ costs, of a measured case: time, share of the product, ratio to PSQ's quantization, bytes, and bytes a second
+    beside those of a copy of dY."""
     ok = {c["name"]: c for c in record["candidates"] if c["status"] == "ok"}
     over = {tag: _over(ok, tag) for tag in ("product", "psq")}
     header = (
@@ -300,14 +323,17 @@ def costs(record: dict[str, Any]) -> str:
         "95 %",
         "of PSQ's quantization",
         "MB to move",
+        "GB/s",
+        "of the copy",
     )
-    rows = []
+    rows, shares = [], of_the_copy(record)
     for name, c in ok.items():
         of, psq = (over[tag].get(name) for tag in ("product", "psq"))
         interval = "" if of is None else f"{_short(100 * of.low)}-{_short(100 * of.high)} %"
         rows.append((name, _short(c["ms"]["median"]), "" if of is None else f"{_short(100 * of.value)} %", interval,
-                     "" if psq is None else f"{_short(psq.value)}×", _short(c["gb_s"] * c["ms"]["median"])))  # fmt: skip
-    printed = table(header, rows, right=(1, 2, 3, 4, 5))
+                     "" if psq is None else f"{_short(psq.value)}×", _short(c["gb_s"] * c["ms"]["median"]),
+                     _short(c["gb_s"]), f"{_short(100 * shares[name])} %" if name in shares else ""))  # fmt: skip
+    printed = table(header, rows, right=range(1, len(header)))
     beyond = [row.cells() for row in break_evens(record)]
     return printed + ("\n\n" + table(BREAK_EVEN_HEADER, beyond, right=(1, 2, 3)) if beyond else "")
 

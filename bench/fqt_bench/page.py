@@ -43,10 +43,12 @@ def run(args: argparse.Namespace) -> int:
     """
     from fqt.cli import UsageError
 
+    from . import wholes
     from .reading import OTHER, find, load
 
     paths = find(Path(path) for path in args.paths) if args.paths else find([_default()])
     runs, refused = load(paths)
+    trained, refused = wholes.among(refused)
     for path, reason in refused:
         print(f"fqt bench report: {path}: {reason}", file=sys.stderr)
     # In a folder there may be tuned tables and comparisons beside the results.
@@ -58,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
     from .sections import document
 
-    sections = document(runs, [(path.name, reason) for path, reason in refused])
+    sections = document(runs, [(path.name, reason) for path, reason in refused], trained)
     written = {"markdown": _write(Path(args.out) / "report.md", markdown(sections))}
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError(f"{written['markdown']} is written; report.html needs matplotlib: {INSTALL}")

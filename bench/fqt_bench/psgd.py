@@ -39,6 +39,7 @@ from .operators import check_quantized
 from .optim import LR, RECIPE, check_step
 from .parameters import Parameters
 from .providers import peer
+from .stats import of_the_copy
 
 SUITE = "psgd step"
 SGD = {"lr": LR, "momentum": 0.9, "weight_decay": 1e-4}
@@ -217,13 +218,6 @@ def _parameters(values: list[Tensor], codes: str) -> tuple[list[nn.Parameter], l
     if codes == "held":
         hold_int8_(nn.ModuleList(layers.values()))
     return [layers[i].weight if i in layers else nn.Parameter(v) for i, v in enumerate(values)], list(layers.values())
-
-
-def of_the_copy(record: dict[str, Any]) -> dict[str, float]:
-    """The bytes a second of each measured candidate over those of the copy of the same case, by name; empty without one."""
-    ok = {c["name"]: c for c in record["candidates"] if c["status"] == "ok" and c["gb_s"]}
-    copy = next((c["gb_s"] for c in ok.values() if c["tag"] == "step copy"), None)
-    return {} if copy is None else {name: c["gb_s"] / copy for name, c in ok.items()}
 
 
 def shares(record: dict[str, Any], launches: Iterable[dict[str, Any]] = ()) -> str:

@@ -71,7 +71,7 @@ def load(paths: Iterable[Path]) -> tuple[list[Run], list[tuple[Path, str]]]:
 
 def read(path: Path) -> Run:
     """One result. Raises Refused."""
-    result = _parse(path)
+    result = parse(path)
     if not isinstance(result, dict) or "schema" not in result:
         raise Refused(f'{OTHER}: it has no field "schema"')
     if "suites" not in result and "cases" not in result:
@@ -83,10 +83,11 @@ def read(path: Path) -> Run:
         raise Refused(problem)
     if result["ceilings"] is not None:
         _check_ceilings(result["ceilings"])
-    return Run(_printable(path.name), _clean(result))
+    return Run(_printable(path.name), clean(result))
 
 
-def _parse(path: Path) -> Any:
+def parse(path: Path) -> Any:
+    """What a file holds as JSON, of whatever form. Raises Refused."""
     try:
         if not path.is_file():
             raise Refused("no such file" if not path.exists() else "not a plain file")
@@ -117,12 +118,12 @@ def _check_ceilings(entry: dict[str, Any]) -> None:
         raise Refused(f"ceilings: {e}") from e
 
 
-def _clean(value: Any, field: str = "") -> Any:
+def clean(value: Any, field: str = "") -> Any:
     """The same value with its text printable, and without the folders that a remark (of an exception, say) names."""
     if isinstance(value, dict):
-        return {_printable(key): _clean(item, key) for key, item in value.items()}
+        return {_printable(key): clean(item, key) for key, item in value.items()}
     if isinstance(value, list):
-        return [_clean(item, field) for item in value]
+        return [clean(item, field) for item in value]
     if isinstance(value, str):
         return _printable(_FOLDERS.sub("…/", value) if field == "remark" else value)
     return value

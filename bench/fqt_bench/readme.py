@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,13 +19,13 @@ from typing import Any, NamedTuple
 from fqt.cli import MISTAKE, UsageError
 from fqt.suites import CONVOLUTIONS, SUITES
 
-from . import convs, environment, facts
-from .end_to_end_networks import COMPILED, EXACT, KIND
+from . import convs, environment, facts, wholes
 from .facts import Machine, Measured, is_host_bound, is_ok, sizes
 from .products import DISPATCHED
-from .reading import OTHER, Run, find, load
+from .reading import OTHER, Refused, Run, find, load
 from .stats import speed_ups
 from .targets import BF16, GEMM, LINEAR, digits
+from .wholes import Whole
 
 BEGIN = "<!-- measured on GPUs: written by python -m fqt_bench.readme --write -->"
 END = "<!-- measured on GPUs: end -->"
@@ -53,34 +52,20 @@ Figures = dict[str, Any]
 # ---- the text
 
 
-def block(runs: Iterable[Run], wholes: Iterable[Figures] = ()) -> str:
-    """What stands between the markers, as markdown. wholes: results of `fqt_bench.end_to_end`, those of a GPU count."""
+def block(runs: Iterable[Run], trained: Iterable[Whole] = ()) -> str:
+    """What stands between the markers, as markdown. trained: results of `fqt_bench.end_to_end`, those of a GPU count."""
     gpus = [machine for machine in facts.machines(runs) if machine.is_gpu]
     parts = [part for machine in gpus for part in _machine(machine)]
-    newest = {result["environment"]["gpu"]: result for result in sorted(wholes, key=lambda r: r["environment"]["date"])}
-    parts += [_whole(gpu, newest[gpu]) for gpu in sorted(filter(None, newest)) if not newest[gpu]["arguments"]["quick"]]
+    parts += map(_whole, wholes.newest(trained))
     return "\n\n".join([ABOUT, *parts]) if parts else NOTHING
 
 
-def _whole(gpu: str, result: Figures) -> str:
+def _whole(whole: Whole) -> str:
     """Whole training steps: one table for all networks, candidates without figures with the reason."""
-    e = result["environment"]
-    lines = [["network", "", "ms a step", "over bf16", "over bf16, compiled", "a second", "peak, GiB"],
-             ["---", "---", "---:", "---:", "---:", "---:", "---:"]]  # fmt: skip
-    for network in result["networks"]:
-        for c in network["candidates"]:
-            head = [_plain(f"{network['title']}, {network['shape']}"), _plain(c["name"])]
-            if "ms" not in c:
-                lines.append([*head, _plain(f"{c['status']}: {c['remark']}"), "", "", "", ""])
-                continue
-            ratios = [_times((c["ratio"].get(tag) or {}).get("value")) for tag in (EXACT, COMPILED)]
-            peak = "–" if c["peak"] is None else f"{c['peak'] / 2**30:.1f}"
-            rate = f"{digits(c['items_s'])} {network['unit']}"
-            lines.append([*head, digits(c["ms"]["median"]), *ratios, rate, peak])
+    rule = ["---:" if i in wholes.RIGHT else "---" for i in range(len(wholes.HEADER))]
+    lines = [wholes.HEADER, rule, *([_plain(cell) for cell in row] for row in whole.rows)]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    versions = f"driver {e['driver']}, torch {e['torch']}, Triton {e['triton']}, {e['date'][:10]}"
-    commit = (e["commit"] or "unknown")[:9]
-    return f"### {_plain(gpu)}: whole training steps\n\n{_plain(f'{versions}, commit {commit}')}.\n\n{table}"
+    return f"### {_plain(whole.gpu)}: whole training steps\n\n{_plain(whole.versions)}.\n\n{table}"
 
 
 def _machine(machine: Machine) -> Iterator[str]:
@@ -278,19 +263,14 @@ def results(folder: Path) -> list[Run]:
     return runs
 
 
-def whole_results(folder: Path) -> list[Figures]:
+def whole_results(folder: Path) -> list[Whole]:
     """The results of `fqt_bench.end_to_end` in a folder's folders; what is none is said on stderr."""
     found = []
     for path in sorted(folder.glob(f"*/{WHOLES}")):
         try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-            if result["kind"] != KIND:
-                raise ValueError(f"a result of kind {result['kind']!r}")
-            _whole("", result)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-            print(f"fqt_bench.readme: {path}: {type(e).__name__}: {e}", file=sys.stderr)
-        else:
-            found.append(result)
+            found.append(wholes.read(path))
+        except Refused as e:
+            print(f"fqt_bench.readme: {path}: {e}", file=sys.stderr)
     return found
 
 

@@ -10,10 +10,12 @@ from typing import Any
 
 from fqt.suites import CONVOLUTIONS
 
-from . import convs, facts, householder, psgd
+from . import convs, facts, householder, wholes
 from .facts import NOT_MEASURED, Grid, Machine, Measured
 from .reading import Run
+from .stats import of_the_copy
 from .targets import GEMM, LINEAR
+from .wholes import Whole
 
 MANY = 4  # so many open tables of a suite, and no more
 NO_GPU = (
@@ -77,8 +79,10 @@ class Section:
     bulky: bool = False
 
 
-def document(runs: Sequence[Run], refused: Sequence[tuple[str, str]] = ()) -> list[Section]:
-    """runs: at least one. refused: (file, reason)."""
+def document(
+    runs: Sequence[Run], refused: Sequence[tuple[str, str]] = (), trained: Sequence[Whole] = ()
+) -> list[Section]:
+    """runs: at least one. refused: (file, reason). trained: results of whole training steps, those of a GPU count."""
     machines = facts.machines(runs)
     number = {id(run): str(i) for i, run in enumerate(runs, 1)}
     found = [
@@ -89,6 +93,7 @@ def document(runs: Sequence[Run], refused: Sequence[tuple[str, str]] = ()) -> li
         Section("Ratio to the baseline", tuple(_cases(machines, number))),
         Section("Roofline", tuple(_roofline(machines))),
         Section("Where int8 pays", tuple(_frontier(machines))),
+        Section("Whole training steps", tuple(_trained(trained))),
         Section("Trend", tuple(_trend(machines))),
         Section("Memory, launches and repetition", tuple(_steps(machines, number))),
         Section("Counters", tuple(_counters(machines)), bulky=True),
@@ -133,10 +138,10 @@ def _run(run: Run) -> tuple[str, ...]:
 def _targets(machines: Sequence[Machine], number: dict[int, str]) -> Iterator[Block]:
     yield Text("Each is a figure of one run on a GPU, set for an H100; the fastest candidate of each kind counts.")
     for machine in [m for m in machines if m.is_gpu] or [None]:
-        rows = ((v.name, v.what, Mark(v.verdict), v.value or "–", v.bound, number[id(v.run)] if v.run else "–")
-                for v in facts.verdicts(machine))  # fmt: skip
-        header = ("target", "figure", "verdict", "measured", "bound", "run")
-        yield Table(machine.name if machine else "GPU: not measured", header, tuple(rows), right=(3, 4, 5))
+        rows = ((v.name, v.what, Mark(v.verdict), v.value or "–", v.bound, v.predicted or "–", v.why or "–",
+                 number[id(v.run)] if v.run else "–") for v in facts.verdicts(machine))  # fmt: skip
+        header = ("target", "figure", "verdict", "measured", "bound", "predicted", "why not", "run")
+        yield Table(machine.name if machine else "GPU: not measured", header, tuple(rows), right=(3, 4, 5, 7))
 
 
 def _problems(machines: Sequence[Machine], number: dict[int, str]) -> Iterator[Block]:
@@ -194,7 +199,7 @@ def _shape(case: dict[str, Any]) -> str:
 def _case(m: Measured, number: dict[int, str], folded: bool) -> Table:
     rated = any(facts.rate(m.case, c) is not None for c in m.case["candidates"])
     expected = any(c["prediction"] for c in m.case["candidates"])
-    shares = psgd.of_the_copy(m.case)
+    shares = of_the_copy(m.case)
     launches = {r["name"]: str(r["kernels"]) for r in m.run.result["launches"] if r["shape"] == m.case["shape"]}
     counted = bool(shares and launches)
     columns = [
@@ -344,6 +349,14 @@ def _grid_table(caption: str, grid: Grid, cells: dict[Any, float], missing: str)
     )
     header = ("N × K", *(f"M {m}" for m in grid.ms))
     return Table(caption, header, tuple(rows), right=tuple(range(1, len(header))), folded=True)
+
+
+def _trained(trained: Sequence[Whole]) -> Iterator[Block]:
+    newest = wholes.newest(trained)
+    if not newest:
+        yield Text("Whole training steps on a GPU: not measured.", warning=True)
+    for whole in newest:
+        yield Table(f"{whole.gpu}, {whole.versions}", wholes.HEADER, whole.rows, right=wholes.RIGHT)
 
 
 def _trend(machines: Sequence[Machine]) -> Iterator[Block]:

@@ -75,24 +75,21 @@ class Target:
     unit: str = "×"
     at_most: bool = False
 
-    def row(self, result: Result) -> tuple[str, str, str, str, str]:
-        """(name, what, bound, measured or "", "met", "missed" or "not measured")."""
-        value = self.measure(result) if result["environment"]["device"] == "cuda" else None
-        sign = "≤" if self.at_most else "≥"
-        head = (self.name, self.what, f"{sign} {_shown(self.bound, self.unit)}")
+    def judged(self, result: Result) -> tuple[str, str, str, str, str, str, str]:
+        """(name, what, bound, predicted or "", measured or "", "met", "missed" or "not measured", why nothing was or "")."""
+        on_gpu = result["environment"]["device"] == "cuda"
+        value, predicted = ((of(result) if on_gpu else None) for of in (self.measure, self.measure.predicted))
+        shown = ("" if figure is None else _shown(figure, self.unit) for figure in (predicted, value))
+        head = (self.name, self.what, f"{'≤' if self.at_most else '≥'} {_shown(self.bound, self.unit)}", *shown)
         if value is None:
-            return (*head, "", "not measured")
+            return (*head, "not measured", self.measure.why(result) if on_gpu else "")
         met = value <= self.bound if self.at_most else value >= self.bound
-        return (*head, _shown(value, self.unit), "met" if met else "missed")
+        return (*head, "met" if met else "missed", "")
 
     def line(self, result: Result) -> tuple[str, ...]:
-        """The row, with the prediction before what was measured, and why where nothing was."""
-        *head, value, verdict = self.row(result)
-        on_gpu = result["environment"]["device"] == "cuda"
-        predicted = self.measure.predicted(result) if on_gpu else None
-        why = self.measure.why(result) if on_gpu and not value else ""
-        expected = "" if predicted is None else _shown(predicted, self.unit)
-        return (*head, expected, value, f"{verdict}: {why}" if why else verdict)
+        """What is judged, the reason behind the verdict."""
+        *head, verdict, why = self.judged(result)
+        return (*head, f"{verdict}: {why}" if why else verdict)
 
 
 HEAD = ("", "target", "bound", "predicted", "measured", "verdict")
