@@ -105,6 +105,7 @@ def test_every_stage_is_there_and_right_and_the_table_says_what_it_costs(source)
     result = {"environment": record(device="cpu"), "cases": [got], "memory": [], "repeats": [], "launches": [],
               "skipped": [], "counters": {}, "suites": ["householder"], "spent_s": 1.0, "budget_s": 2.0}  # fmt: skip
     lines = report(result).splitlines()
+    assert not any("PSGD moves" in line for line in lines)
     first = next(i for i, line in enumerate(lines) if line.startswith("What BHQ costs"))
     assert "on the CPU; a GPU: not measured" in lines[first]
     assert {c.name for c in case.candidates} <= {line.split("  ")[0] for line in lines[first:]}

@@ -208,7 +208,8 @@ def report(result: Result) -> str:
     if of_bhq:
         where = "on the CPU; a GPU: not measured" if e["device"] == "cpu" else "on the GPU"
         sections += [f"What BHQ costs, {where}. Times over those of the product that computes dX, and of PSQ", *of_bhq]
-    of_psgd = [text for case in result["cases"] if (text := psgd.shares(case, result["launches"]))]
+    of_psgd = [text for case in result["cases"] if case["suite"].startswith(psgd.SUITE)
+               and (text := psgd.shares(case, result["launches"]))]  # fmt: skip
     if of_psgd:
         where = "on the CPU; a GPU: not measured" if e["device"] == "cpu" else "on the GPU"
         sections += [f"What a step of PSGD moves, {where}: beside the copy of the same run", *of_psgd]
