@@ -217,14 +217,14 @@ def test_waiting_for_rank_0_leaves_the_store_to_the_other_threads(tmp_path):
 def test_the_active_table_of_a_gpu_is_rank_0_s_from_its_first_use_in_a_group_and_own_tuning_is_refused(tmp_path):
     def call(rank: int):
         Machine.of = staticmethod(lambda device: H100)
-        store.load = lambda machine: RANK_0 if rank == 0 else OWN
+        store.load = lambda machine, file=None: RANK_0 if rank == 0 else OWN
         alone = tuning.table(GPU).digest
         place = dist.FileStore(str(tmp_path / "late"), 2)
         dist.init_process_group("gloo", store=place, rank=rank, world_size=2, timeout=timedelta(seconds=20))
         with pytest.raises(RuntimeError, match="2 ranks would tune apart"):
             tuning.enable()
         group = tuning.table(GPU).digest
-        store.load = lambda machine: OWN if rank == 0 else RANK_0
+        store.load = lambda machine, file=None: OWN if rank == 0 else RANK_0
         tuning.reload()
         return alone, group, tuning.table(GPU).digest
 
