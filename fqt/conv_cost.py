@@ -158,8 +158,8 @@ def tuned_convolution(
             raise
         try:
             ms = tuned_ms(operators(s, recipe, dtype, channels_last, first=True, **gpu), table)
-        except NotTuned:
-            raise e from None
+        except NotTuned as first:
+            raise min(e, first, key=lambda found: found.lacks) from None
     done = {name: size for name, size in s.products.items() if name in ms}
     ms["W"] = 0.0, ms["W"][1] + ms.pop("arranging W")[1]
     products = tuple(Product(name, size, *ms[name]) for name, size in done.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -105,7 +106,8 @@ def _predict_convolution(
 
     options = itertools.product(_formats(weight, x), _dtypes(weight, x)) if len(table) else ()
     found, untuned = _from_tuned(predict, options)
-    return found or [conv_cost.convolution(shape, recipe, cost.ceilings(device)) for shape in shapes], untuned
+    with _saying(untuned):
+        return found or [conv_cost.convolution(shape, recipe, cost.ceilings(device)) for shape in shapes], untuned
 
 
 def _from_tuned(predict: Callable[..., T], options: Iterable[tuple]) -> tuple[T | None, str]:
@@ -116,11 +118,20 @@ def _from_tuned(predict: Callable[..., T], options: Iterable[tuple]) -> tuple[T 
         try:
             return predict(*option), ""
         except NotTuned as e:
-            if e.partly and (closest is None or len(e.missing) < len(closest.missing)):
+            if e.partly and (closest is None or e.lacks < closest.lacks):
                 closest = e
         except cost.NotModelled:
             return None, ""
     return None, "" if closest is None else str(closest)
+
+
+@contextlib.contextmanager
+def _saying(untuned: str) -> Iterator[None]:
+    """Where the model has no prediction either, the reason is followed by why tuned times made none."""
+    try:
+        yield
+    except cost.NotModelled as e:
+        raise cost.NotModelled(_also(str(e), untuned)) from None
 
 
 def _gpu(device: torch.device) -> dict:
@@ -213,15 +224,16 @@ def explanation(layer: nn.Module, x: Tensor) -> str:
     if shape is not None and shape.windows:
         lines.append(f"  im2col: torch, windows ({sizes[0]}, {sizes[2]}) in {x.dtype}")
     if shape is None or shape.windows:
-        lines += _matrix_operators(recipe, x, *sizes)
+        lines += _matrix_operators(recipe, x, layer.weight, *sizes)
     else:
-        lines += _image_operators(recipe, x, shape, _formats(layer.weight, x)[0])
+        lines += _image_operators(recipe, x, layer.weight, shape, _formats(layer.weight, x)[0])
     return "\n".join([*lines, *_expectation(layer, x, sizes, shape)])
 
 
-def _matrix_operators(recipe: Recipe, x: Tensor, m: int, n: int, k: int) -> Iterator[str]:
+def _matrix_operators(recipe: Recipe, x: Tensor, weight: Tensor, m: int, n: int, k: int) -> Iterator[str]:
+    dtypes = _now(weight, x)
     for what, op, rows, cols, kind in _quantizations(recipe, m, n, k):
-        choice = _choice(op, x.device, rows, cols, dtype=x.dtype, format=recipe.format, kind=kind)
+        choice = _choice(op, x.device, rows, cols, dtype=dtypes[what.split()[0]], format=recipe.format, kind=kind)
         yield f"  quantize {what} ({rows}, {cols}): {choice}"
     for what, quantizer, shape in (("fprop", recipe.x, (m, n, k)), ("dgrad", recipe.dgrad, (m, k, n)),
                                    ("wgrad", recipe.wgrad, (n, k, m))):  # fmt: skip
@@ -234,26 +246,28 @@ def _matrix_operators(recipe: Recipe, x: Tensor, m: int, n: int, k: int) -> Iter
         yield f"  {what} {shape}: {how}"
 
 
-def _image_operators(recipe: Recipe, x: Tensor, s: Shape, last: bool) -> Iterator[str]:
+def _image_operators(recipe: Recipe, x: Tensor, weight: Tensor, s: Shape, last: bool) -> Iterator[str]:
     """Of a convolution; sizes of products are those of a group. last: images are in channels_last memory."""
-    pixels, outputs = s.images * s.pixels, s.images * s.out_pixels
+    pixels, outputs, dtypes = s.images * s.pixels, s.images * s.out_pixels, _now(weight, x)
     asked = s.quantization("X", last, recipe.x.granularity, recipe.x.rounding, "both")
     yield f"  quantize X ({pixels}, {s.channels}): {_asked(asked, x)}"
     w, kind = (s.out_channels, s.elements["W"] // s.out_channels), f"{recipe.w.granularity} {recipe.w.rounding} rows"
-    yield f"  quantize W {w}: {_choice('quantize', x.device, *w, dtype=x.dtype, kind=kind)}"
+    yield f"  quantize W {w}: {_choice('quantize', x.device, *w, dtype=dtypes['W'], kind=kind)}"
     gradients = {"dgrad": recipe.dgrad, "wgrad": recipe.wgrad}
     together = [q and not q.householder and q.rounding == "stochastic" for q in gradients.values()]
     for name, quantizer in gradients.items():
         if quantizer is not None and quantizer.householder:
             matrix = s.images, s.out_pixels * s.out_channels
-            choice = _choice("householder", x.device, *matrix, dtype=x.dtype, kind=quantizer.groups)
+            choice = _choice("householder", x.device, *matrix, dtype=dtypes["dY"], kind=quantizer.groups)
             yield f"  quantize dY for {name}, block Householder {matrix}: {choice}"
         elif quantizer is not None and not all(together):
             layout = {"dgrad": "rows", "wgrad": "cols"}[name]
-            choice = _asked(s.quantization("dY", last, quantizer.granularity, quantizer.rounding, layout), x)
+            call = s.quantization("dY", last, quantizer.granularity, quantizer.rounding, layout)
+            choice = _asked(call, x, dtypes["dY"])
             yield f"  quantize dY for {name} ({outputs}, {s.out_channels}): {choice}"
     if all(together):
-        choice = _asked(s.quantization("dY", last, *(q.granularity for q in gradients.values())), x)
+        call = s.quantization("dY", last, *(q.granularity for q in gradients.values()))
+        choice = _asked(call, x, dtypes["dY"])
         yield f"  quantize dY for dgrad and wgrad ({outputs}, {s.out_channels}): {choice}"
     for name, shape in s.products.items():
         quantizer = gradients.get(name, recipe.x)
@@ -279,8 +293,14 @@ def _product_choice(name: str, s: Shape, x: Tensor, last: bool) -> tuple[str, Ch
     return path, of_matrices
 
 
-def _asked(call: conv_problems.Call, x: Tensor) -> Choice:
-    return _choice(call.op, x.device, *call.sizes, dtype=x.dtype, **call.more)
+def _asked(call: conv_problems.Call, x: Tensor, dtype: torch.dtype | None = None) -> Choice:
+    return _choice(call.op, x.device, *call.sizes, dtype=dtype or x.dtype, **call.more)
+
+
+def _now(weight: Tensor, x: Tensor) -> dict[str, torch.dtype]:
+    """The dtypes of what is quantized as a layer would take x now."""
+    (dtypes,) = _dtypes(weight, x)
+    return {name: getattr(torch, of) for name, of in zip(("X", "W", "dY"), dtypes, strict=True)}
 
 
 def _expectation(layer: QuantizedLayer, x: Tensor, sizes: tuple[int, int, int], shape: Shape | None) -> list[str]:
@@ -346,4 +366,5 @@ def _predict(
         return tuned_cost.tuned_linear(*sizes, recipe, table, dtypes, **gpu)
 
     found, untuned = _from_tuned(predict, zip(_dtypes(layer.weight, x)) if len(table) else ())
-    return found or cost.linear(*sizes, recipe, cost.ceilings(device)), untuned
+    with _saying(untuned):
+        return found or cost.linear(*sizes, recipe, cost.ceilings(device)), untuned

@@ -7,7 +7,7 @@ Importing this module imports neither torch nor Triton.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import tuned
@@ -20,15 +20,24 @@ if TYPE_CHECKING:
 
 
 class NotTuned(NotModelled):
-    """Operators, by the names of `Prediction`'s parts, that a table has no entry of; or none beside bf16, of a product.
+    """Operators, by the names of `Prediction`'s parts, that a table has no entry of, and products whose entry has no bf16.
 
     of: how many operators were asked for.
     """
 
-    def __init__(self, missing: Mapping[str, Problem], of: int):
-        self.missing, self.of = dict(missing), of
+    def __init__(self, missing: Mapping[str, Problem], alone: Sequence[str], of: int):
+        self.missing, self.alone, self.of = dict(missing), list(alone), of
         names = [f"{name} in {p.dtype}" if p.op not in tuned.CODES_ONLY else name for name, p in missing.items()]
-        super().__init__(f"{', '.join(names)} {'were' if len(names) > 1 else 'was'} not tuned")
+        parts = [f"{', '.join(names)} {'were' if len(names) > 1 else 'was'} not tuned"] * bool(names)
+        if alone:
+            were = "were" if len(alone) > 1 else "was"
+            parts.append(f"{', '.join(alone)} {were} tuned without bf16, which `fqt tune` times")
+        super().__init__(", ".join(parts))
+
+    @property
+    def lacks(self) -> int:
+        """How many operators are of no use."""
+        return len(self.missing) + len(self.alone)
 
     @property
     def partly(self) -> bool:
@@ -88,9 +97,11 @@ def operators(m: int, n: int, k: int, recipe: Recipe, dtype: str | Dtypes, **gpu
 
 def tuned_ms(problems: Mapping[str, Problem], table: Table) -> dict[str, tuple[float, float]]:
     """Of each operator (bf16's time, ours), 0 for bf16 where it has no such operator. Raises NotTuned."""
-    missing = {name: problem for name, problem in problems.items() if not tuned.is_complete(table.exact(problem))}
-    if missing:
-        raise NotTuned(missing, len(problems))
+    missing = {name: problem for name, problem in problems.items() if table.exact(problem) is None}
+    alone = [name for name, problem in problems.items()
+             if name not in missing and not tuned.is_complete(table.exact(problem))]  # fmt: skip
+    if missing or alone:
+        raise NotTuned(missing, alone, len(problems))
     return {name: _scaled_ms(problem, table.exact(problem)) for name, problem in problems.items()}
 
 

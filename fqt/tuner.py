@@ -137,8 +137,9 @@ def tune(
 ) -> Report:
     """Measure problems, the most work first, and save the entry of each to the store as soon as it is known.
 
-    Problems that the store has are left alone, but for products without bf16's time, as a step tunes them. Ctrl-C, or the
-    end of the budget, ends the tuning and keeps what is done; a problem that raises is reported, and the next one is begun.
+    Problems that the store has are left alone, but for products without bf16's time, as a step tunes them, which come last.
+    Ctrl-C, or the end of the budget, ends the tuning and keeps what is done; a problem that raises is reported, and the
+    next one is begun.
 
     Args:
         problems: with how often each occurs.
@@ -150,6 +151,7 @@ def tune(
     machine = Machine.of(device) if machine is None else machine
     known = tuned.EMPTY if force else store.load(machine, file=file)
     todo = [problem for problem in in_order(problems) if not tuned.is_complete(known.exact(problem))]
+    todo.sort(key=lambda problem: known.exact(problem) is not None)  # bf16 may fail again and again
     report = Report(known=len(problems) - len(todo), remaining=todo)
     if not todo:
         return report

@@ -13,7 +13,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -189,7 +189,7 @@ def _tune(problem: Problem, device: torch.device, index: int) -> Entry | None:
     from . import tuner
 
     active = _activated(index)
-    part = conv_problems.part(problem)  # with whose best kernel it is timed
+    part = conv_problems.part(replace(problem, plain=True))  # with whose best kernel it is timed, see `tune_one`
     if part is not None and active.table.exact(part) is None and (index, tuned.key(part)) not in _failed:
         _tune(part, device, index)
     try:

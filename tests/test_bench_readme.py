@@ -5,8 +5,9 @@ import json
 import bench_fabricated as fake
 import pytest
 
+from fqt.cli import UsageError
 from fqt.suites import CONVOLUTIONS, SUITES
-from fqt_bench import convs, readme
+from fqt_bench import convs, readme, wholes
 from fqt_bench.reading import Refused
 from fqt_bench.wholes import Whole
 
@@ -272,6 +273,31 @@ def test_the_report_has_the_whole_steps_of_a_gpu_and_refuses_what_is_no_whole_re
     (tmp_path / "end-to-end-a.json").unlink()
     assert fake.report(tmp_path, "--out", tmp_path / "out") == 0
     assert "Whole training steps on a GPU: not measured." in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("figure", ["10" * 200, "1e999"])
+@pytest.mark.parametrize("field", ["peak", "items_s"])
+def test_a_figure_that_no_machine_has_is_refused(figure, field, tmp_path):
+    whole = _whole()
+    whole["networks"][0]["candidates"][0][field] = 123456789
+    (tmp_path / "a.json").write_text(json.dumps(whole).replace("123456789", figure))
+    with pytest.raises(Refused, match="no whole result"):
+        wholes.read(tmp_path / "a.json")
+
+
+def test_what_is_nested_too_deep_is_refused(tmp_path):
+    whole = json.dumps(_whole() | {"more": 1}).replace('"more": 1', f'"more": {"[" * 960}{"]" * 960}')
+    (tmp_path / "a.json").write_text(whole)
+    with pytest.raises(Refused):
+        wholes.read(tmp_path / "a.json")
+    assert wholes.among([(tmp_path / "a.json", "not a result of fqt bench")])[0] == []
+
+
+def test_whole_steps_alone_are_no_report_and_those_not_shown_are_said(tmp_path, capsys):
+    (tmp_path / "whole.json").write_text(json.dumps(_whole(quick=True)))
+    with pytest.raises(UsageError, match="only of fqt_bench"):
+        fake.report(tmp_path / "whole.json", "--out", tmp_path / "out")
+    assert "1 of 1 results of whole training steps are not shown" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("field", ["title", "shape", "unit"])

@@ -175,6 +175,24 @@ def test_one_operator_that_was_not_measured_leaves_the_model(measured, monkeypat
     assert "tuned" not in report(layer(), monkeypatch)[1].reason
 
 
+def test_what_was_tuned_in_a_step_is_said_to_lack_bf16_and_never_taken_for_a_first_layer(measured, monkeypatch):
+    entries = operators(layer())
+    alone = {name: e._replace(bf16_ns=0) for name, e in entries.items() if name != "arranging W"}
+    measured(*alone.values())  # as a step leaves them
+    found = report(layer(), monkeypatch)[1]
+    without = "tuned without bf16, which `fqt tune` times"
+    assert found.speedup_source == "datasheet"
+    assert found.reason.endswith(f"use: arranging W was not tuned, fprop, dgrad, wgrad were {without}")
+    first = operators(layer(), first=True)
+    measured(*first.values(), alone["dgrad"], alone["dY"])  # a first layer, and another of its shape
+    found = report(layer(), monkeypatch)[1]
+    assert found.speedup_source == "datasheet" and found.reason.endswith(
+        "use: dgrad was tuned without bf16, which `fqt tune` times"
+    )
+    measured(*(e for name, e in first.items() if name != "W"))
+    assert report(layer(), monkeypatch)[1].reason.endswith("of no use: W in float32 was not tuned")
+
+
 @pytest.mark.parametrize("x", ["float32", "bfloat16"])
 def test_a_layer_of_float32_is_measured_as_it_trains_under_autocast(x, measured, monkeypatch):
     entries = operators(layer(), bf16_ms=4.0, dtypes=Dtypes(x, "float32", "bfloat16"))

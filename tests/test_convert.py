@@ -24,6 +24,7 @@ from fqt import (
     tuned,
     tuned_cost,
 )
+from fqt.dispatch import Choice
 from fqt.tuned import Entry, Timing
 from fqt.tuned_cost import Dtypes
 
@@ -366,6 +367,40 @@ def test_what_was_not_tuned_is_said(h100, monkeypatch):
     layer = unset(fqt.nn.Linear(4096, 4096, device="meta"))
     text = expectation.explanation(layer, torch.empty(4096, 4096))
     assert "; the tuned times were of no use: dY in float32 was not tuned\n" in text
+
+
+def test_where_the_model_has_no_prediction_either_what_was_not_tuned_is_said_all_the_same(h100, monkeypatch):
+    def none(device):
+        raise cost.NotModelled("no ceilings of this GPU")
+
+    tuned_for(monkeypatch, "float32", drop=("dY",))
+    monkeypatch.setattr(cost, "ceilings", none)
+    found = fqt.quantize_(wide_and_narrow(), "int8").layers[0]
+    assert found.speedup is None
+    assert (
+        found.speedup_source == "no ceilings of this GPU; the tuned times were of no use: dY in float32 was not tuned"
+    )
+
+
+def test_explain_names_the_choices_of_the_dtypes_that_autocast_asks_for(h100, monkeypatch):
+    tuned_for(monkeypatch, Dtypes("bfloat16", "float32", "bfloat16"))
+    layer, x = unset(fqt.nn.Linear(4096, 4096, device="meta")), torch.empty(4096, 4096, dtype=torch.bfloat16)
+    asked = []
+    monkeypatch.setattr(expectation, "_choice", lambda op, *a, dtype=None, **m: asked.append((op, dtype)) or CHOICE)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        lines = list(expectation._matrix_operators(layer.recipe, x, layer.weight, 4096, 4096, 4096))
+        assert len(lines) == 6
+        images = fqt.nn.Conv2d(16, 32, 3)
+        given = torch.empty(2, 16, 6, 6)
+        of = expectation._shape(images, "image", tuple(given.shape))
+        matrices, asked[:] = list(asked), []
+        assert len(list(expectation._image_operators(images.recipe, given, images.weight, of, True))) == 6
+    bf16, f32 = torch.bfloat16, torch.float32
+    assert matrices[:3] == [("quantize", bf16), ("quantize", f32), ("quantize_gradient", bf16)]
+    assert asked[:3] == [("quantize_images", f32), ("quantize", f32), ("quantize_gradient_images", bf16)]
+
+
+CHOICE = Choice("triton", None, "of the test")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -159,8 +159,9 @@ def test_what_a_step_tuned_without_bf16_is_measured_again_beside_it(bench, monke
     monkeypatch.setattr(tuner, "_timer", lambda device: bench)
     bench.second = 1.0  # the effort of a step is bounded by time
     assert store.save(H100, [tuner.tune_one(SMALL, CPU)])
-    report = run(bench)
-    assert report.known == 0 and [result.entry.bf16_ns for result in report.results] == [5_000_000]
+    report = run(bench, {SMALL: 9, MIDDLE: 1})
+    assert report.known == 0 and [result.problem for result in report.results] == [MIDDLE, SMALL]
+    assert [result.entry.bf16_ns for result in report.results] == [5_000_000] * 2
     assert run(bench).known == 1
 
 

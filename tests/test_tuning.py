@@ -266,6 +266,13 @@ def test_a_convolution_is_timed_after_the_product_of_matrices_that_it_may_be(of,
         assert [p.op for p in tuner.calls[2:]] == [of.op]  # the other is known
 
 
+def test_a_product_that_is_posed_as_not_plain_is_measured_as_one_that_is(tuner):
+    tuner.answer = answer
+    with tuning.enable():
+        tuning.tune_now(replace(convolution(), plain=False), GPU)
+    assert [p.op for p in tuner.calls] == ["scaled_mm", "conv"]
+
+
 def tuned_sizes(p: Problem) -> tuple[int, int, int]:
     return p.m, p.n, p.k
 

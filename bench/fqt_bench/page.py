@@ -51,12 +51,16 @@ def run(args: argparse.Namespace) -> int:
     trained, refused = wholes.among(refused)
     for path, reason in refused:
         print(f"fqt bench report: {path}: {reason}", file=sys.stderr)
+    if left_out := len(trained) - len(wholes.newest(trained)):
+        print(f"fqt bench report: {left_out} of {len(trained)} results of whole training steps are not shown: "
+              "of a CPU, of toy sizes, or older than another of the GPU", file=sys.stderr)  # fmt: skip
     # In a folder there may be tuned tables and comparisons beside the results.
     named = {Path(path).resolve() for path in args.paths}
     refused = [(p, reason) for p, reason in refused if not reason.startswith(OTHER) or p.resolve() in named]
     if not runs:
         where = ", ".join(args.paths) or str(_default())
-        raise UsageError(f"no results of `fqt bench` in {where}{f': {len(refused)} refused' if refused else ''}")
+        alone = ", only of fqt_bench.end_to_end, which are shown beside them" if trained else ""
+        raise UsageError(f"no results of `fqt bench` in {where}{alone}{f': {len(refused)} refused' if refused else ''}")
 
     from .sections import document
 

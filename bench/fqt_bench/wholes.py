@@ -5,6 +5,7 @@ As any result they may come from anywhere: what is not of the form that is read 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,7 @@ class Whole:
             found = cls(
                 e["gpu"] or "", e["date"], f"{versions}, commit {commit}", bool(result["arguments"]["quick"]), rows
             )
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as e:
             raise Refused(f"no whole result of whole training steps: {type(e).__name__}: {e}") from e
         if not all(isinstance(text, str) for text in (found.gpu, found.date, *(cell for row in rows for cell in row))):
             raise Refused("a number where a result of whole training steps has text")
@@ -58,7 +59,14 @@ def read(path: Path) -> Whole:
     result = parse(path)
     if not is_one(result):
         raise Refused("no result of whole training steps")
-    return Whole.of(clean(result))
+    return _cleaned(result)
+
+
+def _cleaned(result: Figures) -> Whole:
+    try:
+        return Whole.of(clean(result))
+    except RecursionError:
+        raise Refused("nested too deep") from None
 
 
 def among(refused: Iterable[tuple[Path, str]]) -> tuple[list[Whole], list[tuple[Path, str]]]:
@@ -68,7 +76,7 @@ def among(refused: Iterable[tuple[Path, str]]) -> tuple[list[Whole], list[tuple[
         try:
             result = parse(path) if reason.startswith(OTHER) else None
             if is_one(result):
-                found.append(Whole.of(clean(result)))
+                found.append(_cleaned(result))
             else:
                 others.append((path, reason))
         except Refused as e:
@@ -86,6 +94,8 @@ def _row(network: Figures, c: Figures) -> tuple[str, ...]:
     head = f"{network['title']}, {network['shape']}", c["name"]
     if "ms" not in c:
         return (*head, f"{c['status']}: {c['remark']}", "", "", "", "")
+    if not all(math.isfinite(number) for number in (c["ms"]["median"], c["items_s"], c["peak"] or 0)):
+        raise ValueError(f"a figure of {c['name']} is not finite")
     ratios = [(c["ratio"].get(tag) or {}).get("value") for tag in (EXACT, COMPILED)]
     peak = "–" if c["peak"] is None else f"{c['peak'] / 2**30:.1f}"
     return (*head, digits(c["ms"]["median"]), *(f"{ratio:.2f}" if ratio else "–" for ratio in ratios),
